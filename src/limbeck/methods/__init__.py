@@ -1,0 +1,37 @@
+"""The methods, by short name. `limbeck.methods.KD` and the like are imported on first use.
+
+Third parties add a method through the entry-point group `limbeck.methods` (name = "package.module:Class").
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from typing import Any
+
+from limbeck.components import import_object
+
+BUILT_IN = {
+    "kd": "limbeck.methods.classifiers.kd:KD",
+    "supervised": "limbeck.methods.classifiers.supervised:Supervised",
+    "meal_v2": "limbeck.methods.classifiers.meal_v2:MealV2",
+    "self_distillation": "limbeck.methods.classifiers.self_distillation:SelfDistillation",
+    "weight_align": "limbeck.methods.classifiers.weight_align:WeightAlign",
+    "quantized_distillation": "limbeck.methods.classifiers.quantized_distillation:QuantizedDistillation",
+}
+
+
+def catalogue() -> dict[str, str]:
+    """Short name → import path of every method, those of installed third parties included (built-in names win)."""
+    found = {point.name: point.value for point in entry_points(group="limbeck.methods")}
+    return found | BUILT_IN
+
+
+def __getattr__(name: str) -> Any:
+    for path in BUILT_IN.values():
+        if path.endswith(f":{name}"):
+            return import_object(path)
+    raise AttributeError(f"module 'limbeck.methods' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(["BUILT_IN", "catalogue", *(path.partition(":")[2] for path in BUILT_IN.values())])

@@ -1,0 +1,1 @@
+"""Methods whose artefact is a classifier."""
