@@ -1,0 +1,45 @@
+# Two commands do everything, set-up included: `make quickstart` (core only) and `make test` (what the tests need).
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CLAIMS ?=
+
+.PHONY: quickstart test lint bench claims docs clean
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "limbeck needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp a set of extras; reinstalled when pyproject.toml changes.
+$(VENV)/.core: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@ $(VENV)/.core
+
+quickstart: $(VENV)/.core
+	$(BIN)/limbeck distill recipes/quickstart.yaml --fresh
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/engine.py
+
+# make claims CLAIMS="meal_v2 weight_align"; all of them without
+claims: $(VENV)/.dev
+	$(BIN)/limbeck claims $(CLAIMS)
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site build
