@@ -1,0 +1,58 @@
+"""Rewrites the tables in README.md from docs/evidence: methods with verdicts, the engine's benchmark. `--check` only compares."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def methods_table() -> str:
+    """A row a method: page, paper, what comes out, verdict."""
+    from limbeck.listing import find, state
+    from limbeck.methods import BUILT_IN
+
+    rows = ["| method | paper | makes | claim |", "|---|---|---|---|"]
+    for name in BUILT_IN:
+        method = find(name)
+        paper = method.paper
+        source = f"{paper.title} ([{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}), {paper.venue} {paper.year})" if paper.arxiv else paper.title
+        has_claim = (ROOT / "recipes" / "claims" / f"{name}.yaml").exists()
+        rows.append(f"| [{name}](docs/methods/{name}.md) | {source} | {method.produces} | {state(name) if has_claim else 'baseline, none made'} |")
+    return "\n".join(rows)
+
+
+def bench_table() -> str:
+    """A row a check of the engine's benchmark."""
+    path = ROOT / "docs" / "evidence" / "bench_engine.json"
+    if not path.exists():
+        return "not measured yet"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = ["| " + found["title"] + " | ratio | bound | holds |", "|---|---|---|---|"]
+    rows += [f"| {c['text']} | {c['value']:.3f} | {c['bound']:.2f} | {'yes' if c['holds'] else 'no'} |" for c in found["checks"]]
+    return "\n".join(rows) + f"\n\nMeasured {found['date']} on {found['machine']}, commit {found['commit'][:10]}."
+
+
+def filled(text: str) -> str:
+    """The README with its marked blocks filled in."""
+    for mark, table in (("claims", methods_table()), ("bench", bench_table())):
+        text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, t=table: f"{m.group(1)}{t}\n{m.group(2)}", text, flags=re.DOTALL)
+    return text
+
+
+def main() -> int:
+    """0: done or up to date; 1: `--check` found an old table."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    new = filled(text)
+    if "--check" in sys.argv:
+        return int(new != text)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
