@@ -254,7 +254,9 @@ def test_the_weight_of_perfect_predictors(seed):
 
 def test_the_same_predictor_twice_gives_one_and_says_so():
     p, _, y = held_out(0)
-    found = optimal_alpha(p, p * (1 + 1e-16), y)
+    nearly = torch.nextafter(p, 2 * p)
+    assert not torch.equal(nearly, p)
+    found = optimal_alpha(p, nearly, y)
     assert float(found.alpha) == 1
     assert bool(found.degenerate)
     zero = torch.zeros(4)

@@ -214,6 +214,10 @@ def test_initial_points_of_several_tensors_even_and_alone():
     assert q.initial_points(u, (3, 2), (1, 3), "uniform").tolist() == pytest.approx([0.5, 0.0, 0.5, 1.0])
 
 
+def test_points_of_a_constant_tensor_are_spread_so_that_it_can_change():
+    assert q.initial_points(torch.zeros(9), (4, 5), (2, 3), "quantile").tolist() == [0, 1, 0, 0.5, 1]
+
+
 @SETTINGS
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=40), bits)
 def test_allocation_keeps_the_total_and_the_half_and_the_order(norms, b):

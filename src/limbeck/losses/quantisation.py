@@ -150,11 +150,14 @@ def _first(flat_N: Tensor, extreme_M: Tensor, cut: Buckets) -> Tensor:
 
 
 def initial_points(u_N: Tensor, sizes_T: Sequence[int], counts_T: Sequence[int], init: PointInit) -> Tensor:
-    """Starting points of all tensors end to end, sorted within each, [S]. A lone point starts in the middle. Source: eq. 8."""
+    """Starting points of all tensors end to end, sorted within each, [S]. Source: eq. 8.
+
+    A lone point starts in the middle. A constant tensor (norm scales before training) has no quantiles to tell apart: its points are spread evenly.
+    """
     found = []
     for u_n, count in zip(u_N.split(list(sizes_T)), counts_T, strict=True):
         points_s = torch.linspace(0, 1, count, dtype=u_n.dtype, device=u_n.device) if count > 1 else u_n.new_tensor([0.5])
-        if init == "quantile":  # torch.quantile refuses more than 2^24 entries
+        if init == "quantile" and u_n.any():  # torch.quantile refuses more than 2^24 entries
             ordered_n, rank_s = u_n.sort().values, points_s * (len(u_n) - 1)
             below_s = rank_s.floor().long()
             points_s = ordered_n[below_s] + (rank_s - below_s) * (ordered_n[(below_s + 1).clamp(max=len(u_n) - 1)] - ordered_n[below_s])
