@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 
 import torch
-from engine import BATCH, MEAN, STD, THREADS, Gate, images, networks
 from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
 from torchdistill.core.distillation import DistillationBox
+
+from engine import BATCH, MEAN, STD, THREADS, Gate, images, networks
 
 
 def main() -> None:

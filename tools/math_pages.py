@@ -37,6 +37,9 @@ FUNCTIONS = {"log", "ln", "exp", "max", "min", "arg", "argmax", "argmin", "sup",
 ACCENTS = {"hat": "^", "widehat": "^", "bar": "¯", "overline": "¯", "tilde": "~", "dot": "˙", "vec": "→"}
 SPACES = {",": 0.17, ":": 0.22, ";": 0.28, " ": 0.25, "quad": 1.0, "qquad": 2.0, "!": -0.17}
 BIG = {"big", "Big", "bigl", "bigr", "Bigl", "Bigr", "bigg", "Bigg", "left", "right", "displaystyle", "limits"}
+FENCES = {sign: sign for sign in "()[]|"} | {
+    "\\{": "{", "\\}": "}", "\\|": "‖", "\\langle": "⟨", "\\rangle": "⟩", "\\lfloor": "⌊", "\\rfloor": "⌋", "\\lceil": "⌈", "\\rceil": "⌉",
+}  # fmt: skip
 DOUBLE = dict(zip("CEHNPQRZ", "ℂ𝔼ℍℕℙℚℝℤ", strict=True))
 SCRIPT = dict(zip("BDEFHILMNRUX", "ℬ𝒟ℰℱℋℐℒℳ𝒩ℛ𝒰𝒳", strict=True))
 
@@ -61,10 +64,10 @@ def convert(markdown: str) -> str:
 
 
 def mathml(latex: str, *, display: bool) -> str:
-    """One formula as a <math> element on one line."""
+    """One formula as a <math> element on one line, in a <span>: Markdown takes a line that begins with <math> for a block of HTML."""
     reader = _Reader(latex, display)
     body = reader.row(until=None)
-    return f'<math display="{"block" if display else "inline"}"><mrow>{body}</mrow></math>'
+    return f'<span><math display="{"block" if display else "inline"}"><mrow>{body}</mrow></math></span>'
 
 
 class _Reader:
@@ -134,11 +137,16 @@ class _Reader:
         if name in SIGNS:
             return _sign(SIGNS[name])
         if name in FUNCTIONS:
-            return f"<mi>{name}</mi>"
+            apart = self.tokens and self.tokens[0] not in ("(", "[", "_", "^", "}")
+            return f'<mrow><mi>{name}</mi><mspace width="0.17em"></mspace></mrow>' if apart else f"<mi>{name}</mi>"
         if name in SPACES:
             return f'<mspace width="{SPACES[name]}em"></mspace>'
-        if name in BIG:  # fences stretch by themselves
-            return ""
+        if name in BIG:
+            fence = FENCES.get(self.tokens[0]) if self.tokens else None
+            if fence is None:
+                return ""
+            self.tokens.pop(0)
+            return f"<mo>{_escaped(fence)}</mo>"  # of its own, MathML stretches it
         if name in ACCENTS:
             return f'<mover accent="true">{self.argument()}<mo stretchy="false">{ACCENTS[name]}</mo></mover>'
         if name in ("frac", "tfrac", "dfrac"):
@@ -181,7 +189,7 @@ def _identifier(letter: str) -> str:
 
 
 def _sign(sign: str) -> str:
-    return f"<mo>{_escaped(sign)}</mo>"
+    return f'<mo stretchy="false">{_escaped(sign)}</mo>' if sign in FENCES.values() else f"<mo>{_escaped(sign)}</mo>"
 
 
 def _escaped(text: str) -> str:

@@ -90,7 +90,7 @@ def resolve(component: Component, catalogue: Mapping[str, str], kind: str) -> Ca
         raise
     if not callable(found):
         raise InputError(f"'{path}' is not callable.", where="target", fix="Name a function or a class.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def build(component: Component, catalogue: Mapping[str, str], kind: str, **given: Any) -> Any:
@@ -100,7 +100,10 @@ def build(component: Component, catalogue: Mapping[str, str], kind: str, **given
         InputError: an argument is unknown, missing or refused; `where` is `args.NAME`.
     """
     function = resolve(component, catalogue, kind)
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the arguments of {kind} '{component}' are not known.", where="target", fix="Name a function or class written in Python.") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     names = [n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for key in component.args:
@@ -114,12 +117,16 @@ def build(component: Component, catalogue: Mapping[str, str], kind: str, **given
         return function(**arguments)
     except InputError:
         raise
-    except (TypeError, ValueError, OverflowError, RuntimeError, MemoryError, AssertionError, KeyError, IndexError) as error:
-        if component.name is not None or _raised_here(error):
-            raise InputError(f"{kind} '{component}' refused its arguments: {error}", where="args") from error
-        raise
+    except Exception as error:
+        raise InputError(f"{kind} '{component}' refused its arguments: {_said(error)}", where="args") from error
 
 
-def _raised_here(error: BaseException) -> bool:
-    """Whether the call itself failed (a bad signature), rather than code inside the called function."""
-    return error.__traceback__ is not None and error.__traceback__.tb_next is None
+def _said(error: Exception) -> str:
+    """What an exception says and where it was raised, in a line."""
+    import traceback
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    if len(frames) < 2:  # the call itself did not fit
+        return f"{text}."
+    return f"{type(error).__name__}: {text} ({frames[-1].filename}:{frames[-1].lineno})."

@@ -215,7 +215,9 @@ class Workbench(Protocol):
     """What the engine lends a method between steps: forward passes on its devices, averaged weights."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where modules and batches are."""
+        ...
 
     def outputs(self, forward: Callable[[Tensor], Tensor], data: Data, indices: Tensor | None = None) -> Tensor:
         """`forward` over data in order, in eval mode, without gradient or augmentation: [M, ...] float32 on the CPU, the same on every process."""

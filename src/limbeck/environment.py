@@ -41,6 +41,18 @@ def machine() -> str:
     return f"{cpu}, {cores} cores{gpu}, {platform.system()}"
 
 
+def available_memory() -> int | None:
+    """Bytes of memory that are free to use here, the control group's limit included; None where the system does not say."""
+    free: list[int] = []
+    info = Path("/proc/meminfo")
+    if info.exists():
+        free += [int(line.split()[1]) * 1024 for line in info.read_text().splitlines() if line.startswith("MemAvailable:")]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
+        free.append(int(most) - int(used.read_text()))
+    return min(free, default=None)
+
+
 def commit(folder: Path | None = None) -> str:
     """The git commit of the folder (default: of this package), with '-dirty' where tracked files differ, evidence apart; "" outside git."""
     place = folder or Path(__file__).parent

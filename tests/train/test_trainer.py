@@ -133,16 +133,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert f"student/loss {rows[-1]['student/loss']:.6g}" in message
 
 
+def flip_a_byte(folder):
+    content = bytearray((folder / "weights.safetensors").read_bytes())
+    content[-1] ^= 255
+    (folder / "weights.safetensors").write_bytes(content)
+
+
+def truncate(folder):
+    (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:-7])
+
+
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
-        (lambda p: (p / "weights.safetensors").write_bytes(bytes([255 ^ (p / "weights.safetensors").read_bytes()[-1]]).join([(p / "weights.safetensors").read_bytes()[:-1], b""])), "weights.safetensors does not match its checksum"),
-        (lambda p: (p / "state.pt").write_bytes((p / "state.pt").read_bytes()[:-7]), "state.pt has"),
+        (flip_a_byte, "weights.safetensors does not match its checksum"),
+        (truncate, "state.pt has"),
         (lambda p: (p / "progress.json").unlink(), "progress.json is missing"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tmp_path, harm, named):
     fit(tmp_path, checkpoint_steps=5, keep=3)
     folder = tmp_path / "checkpoints"

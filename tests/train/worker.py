@@ -38,9 +38,8 @@ def main() -> None:
             print("held", flush=True)
             time.sleep(60)
     method = (Toy(pause=0.02) if mode == "slow" else Quiet()).bind(student=plain_student(), train=toy_data(), num_classes=3)
-    config = TrainConfig(
-        epochs=400 if mode == "slow" else 6, batch_size=12, log_every=5, clip_norm=1.0, sharding=sharding, optimiser=OptimiserSpec(lr=0.05), checkpoint_steps=None if mode == "slow" else 6, keep=100
-    )  # fmt: skip
+    length = {"epochs": 400} if mode == "slow" else {"epochs": 6, "checkpoint_steps": 6}
+    config = TrainConfig(**length, batch_size=12, log_every=5, clip_norm=1.0, sharding=sharding, optimiser=OptimiserSpec(lr=0.05), keep=100)
     spec = None if mode == "slow" else AugmentSpec(noise=0.1, mixup=0.4)
     try:
         Trainer(method, toy_data(), config, seed=1, folder=folder, augment=spec, num_classes=3, cpu=True).fit()

@@ -70,10 +70,12 @@ def write(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path
             os.fsync(handle.fileno())
     sync_folder(temporary)
     final = folder / f"step-{step}"
-    if final.exists():  # a damaged one of the same step, or a rewind
-        final.rename(folder / f".tmp-old-{os.getpid()}-{step}")
+    retired = folder / f".tmp-old-{os.getpid()}-{step}"
+    if final.exists():  # of the same step: the end of a phase, a rewind, or a damaged one
+        final.rename(retired)
     temporary.rename(final)
     sync_folder(folder)
+    shutil.rmtree(retired, ignore_errors=True)
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
     return final
@@ -121,7 +123,10 @@ def read(path: Path) -> Checkpoint:
     if wrong:
         number = path.name.removeprefix("step-")
         earlier = [s for s in steps(path.parent) if number.isdigit() and s < int(number) and not damage(path.parent / f"step-{s}")]
-        fix = f"The one before it, step-{earlier[-1]}, is intact: go on from it with --from step-{earlier[-1]}." if earlier else "There is no intact one before it: delete the folder to start afresh."
+        if earlier:
+            fix = f"The one before it, step-{earlier[-1]}, is intact: go on from it with --from step-{earlier[-1]}."
+        else:
+            fix = "There is no intact one before it: delete the folder to start afresh."
         raise InputError(f"the checkpoint is damaged: {wrong}.", where=str(path), fix=fix)
     progress = json.loads((path / _PROGRESS).read_text())
     if progress.get("format") != FORMAT:

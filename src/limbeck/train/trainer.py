@@ -116,7 +116,9 @@ class Trainer:
                 if update is None:
                     continue
                 if player and update.player != player:
-                    raise RuntimeError(f"micro-batches ask for different players: '{player}' and '{update.player}'; a method's updates may not depend on the batch.")
+                    raise RuntimeError(
+                        f"micro-batches ask for different players: '{player}' and '{update.player}'; a method's updates may not depend on the batch."
+                    )
                 player = update.player
                 self._backward(update, weight, clock.step)
             if not player:
@@ -421,7 +423,8 @@ class Trainer:
             return module.state_dict()
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        full = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {name: value for name, value in full.items() if isinstance(value, Tensor)}
 
     def _restore(self) -> tuple[int, int]:
         """Phase index and step to go on from; (0, 0) with nothing to restore."""
@@ -433,7 +436,9 @@ class Trainer:
             return 0, 0
         saved = checkpoint.read(path)
         if saved.progress["seed"] != self.seed:
-            raise InputError(f"the checkpoint is of seed {saved.progress['seed']}, this run has {self.seed}.", where=str(path), fix="Give this run another folder.")
+            raise InputError(
+                f"the checkpoint is of seed {saved.progress['seed']}, this run has {self.seed}.", where=str(path), fix="Give this run another folder."
+            )
         index, step = int(saved.progress["phase_index"]), int(saved.progress["step"])
         self.total, self.samples, self._finite = int(saved.progress["total"]), int(saved.progress["samples"]), dict(saved.progress["finite"])
         self._before = float(saved.progress["seconds"])
@@ -450,7 +455,9 @@ class Trainer:
                     if seat.average is not None:
                         seat.average.load_state_dict(_under(saved.weights, f"average.{name}."))
         except (RuntimeError, KeyError, ValueError, StopIteration) as error:
-            raise InputError(f"the checkpoint does not fit this recipe: {error}", where=str(path), fix="Was the recipe changed? Give this run another folder.") from error
+            raise InputError(
+                f"the checkpoint does not fit this recipe: {error}", where=str(path), fix="Was the recipe changed? Give this run another folder."
+            ) from error
         self.buffer.load_state_dict(saved.state["buffer"], self.device)
         if self.accelerator.scaler is not None and saved.state["scaler"]:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
@@ -486,7 +493,7 @@ class Trainer:
         found = self.seats[player].average
         if found is None:
             raise InputError(f"the player '{player}' has no moving average.", where="train.ema", fix="Set train.ema.")
-        return found.module  # type: ignore[no-any-return]
+        return found.module
 
 
 def _at(clock: Clock, micro: int) -> Clock:

@@ -1,0 +1,45 @@
+"""Data: named sources, data sets in memory, stateless augmentation, batches as a pure function of the step."""
+
+from __future__ import annotations
+
+from limbeck.data.arrays import ArrayData
+from limbeck.data.augment import AugmentSpec, augment, crop, cutmix, cutout, flip, mixup
+from limbeck.data.loader import BatchPlan, evaluation_batches, stream
+from limbeck.data.splits import Splits, View, corrupt_labels, hide_labels, hold_out, stratified_subset, subset, with_targets
+from limbeck.data.wrapped import WrappedData, as_data
+
+CATALOGUE = {
+    "cifar10": "limbeck.data.cifar:cifar10",
+    "cifar100": "limbeck.data.cifar:cifar100",
+    "digits": "limbeck.data.sources:digits",
+    "fashion_mnist": "limbeck.data.sources:fashion_mnist",
+    "huggingface": "limbeck.data.sources:huggingface",
+    "image_folder": "limbeck.data.sources:image_folder",
+    "tensors": "limbeck.data.sources:tensors",
+}
+"""Short name → import path of every data source: a function that returns `Splits`."""
+
+__all__ = [
+    "CATALOGUE",
+    "ArrayData",
+    "AugmentSpec",
+    "BatchPlan",
+    "Splits",
+    "View",
+    "WrappedData",
+    "as_data",
+    "augment",
+    "corrupt_labels",
+    "crop",
+    "cutmix",
+    "cutout",
+    "evaluation_batches",
+    "flip",
+    "hide_labels",
+    "hold_out",
+    "mixup",
+    "stratified_subset",
+    "stream",
+    "subset",
+    "with_targets",
+]

@@ -1,0 +1,81 @@
+"""From config.json back to code: which model builds the module again, which function unpacks its weights, and what a stranger may name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from limbeck import models
+from limbeck.components import Component, import_object
+from limbeck.errors import InputError
+
+_FETCHES = {models.CATALOGUE[name]: key for name, key in (("timm", "pretrained"), ("torchvision", "weights"), ("transformers", "pretrained"))}
+"""The argument by which an adapter fetches weights: never when a module is only built to take its saved ones."""
+
+
+def self_contained(component: Component, module: nn.Module) -> Component:
+    """The component that builds the same network without the Hub or the folder its first weights came from."""
+    component = _without_weights(component)
+    source = component.args.get("model")
+    network: Any = getattr(module, "network", None)
+    if _path(component) == models.CATALOGUE["transformers"] and isinstance(source, str) and hasattr(network, "config"):
+        return component.model_copy(update={"args": {**component.args, "model": _fields(network.config)}})
+    return component
+
+
+def model(component: Component, num_classes: int, input_shape: Sequence[int], *, trust_imports: bool) -> nn.Module:
+    """The module, with weights that do not matter.
+
+    Raises:
+        InputError: it is not one of limbeck's own models and not trusted, or cannot be built.
+    """
+    if not trust_imports and component.target is not None and component.target not in models.CATALOGUE.values():
+        raise _untrusted("model", component.target).at("target")
+    return models.build_model(_without_weights(component), num_classes=num_classes, input_shape=input_shape, seed=0)
+
+
+def decoder(path: str, *, trust_imports: bool) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    """The function that unpacks tensors into a state dict; without trust, one defined (not merely imported) in a module of limbeck.
+
+    Raises:
+        InputError: it is not such a function, or cannot be imported.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not trust_imports and (not module_name.startswith("limbeck.") or "." in attribute):
+        raise _untrusted("decoder", path)
+    found = import_object(path)
+    if not trust_imports and getattr(found, "__module__", None) != module_name:
+        raise _untrusted("decoder", path)
+    return found
+
+
+def _path(component: Component) -> str:
+    return component.target or models.CATALOGUE.get(component.name or "", "")
+
+
+def _without_weights(component: Component) -> Component:
+    fetches = _FETCHES.get(_path(component))
+    if fetches is None:
+        return component
+    args = {key: value for key, value in component.args.items() if key != fetches}
+    options = args.get("options")
+    if isinstance(options, Mapping):
+        args["options"] = {key: value for key, value in options.items() if not ("pretrained" in key or "checkpoint" in key)}
+    return component.model_copy(update={"args": args})
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What a transformers configuration says beyond its type's defaults, as the 'transformers' adapter takes it."""
+    known = type(config)().to_dict()
+    own = {"_name_or_path", "architectures", "transformers_version", "id2label", "label2id", "dtype", "torch_dtype", "problem_type", "model_type"}
+    changed = {key: value for key, value in config.to_diff_dict().items() if key in known and key not in own}
+    return {"model_type": config.model_type, **changed}
+
+
+def _untrusted(what: str, path: str) -> InputError:
+    return InputError(
+        f"the {what} is '{path}', code that is not one of limbeck's own {what}s; it is not imported because a config file may come from a stranger.",
+        fix="If you trust this folder, call load(path, trust_imports=True).",
+    )

@@ -1,0 +1,195 @@
+"""What `limbeck methods` and `limbeck new` print and write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic_core import PydanticUndefined
+
+from limbeck import files
+from limbeck.components import import_object
+from limbeck.contract import Frozen, Method
+from limbeck.errors import InputError, suggestion
+from limbeck.methods import catalogue
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_ROOTS = (Path.cwd(), Path(__file__).resolve().parents[2])
+
+
+def find(name: str) -> type[Method]:
+    """A method's class by short name. Raises InputError with a suggestion."""
+    known = catalogue()
+    if name not in known:
+        raise InputError(f"unknown method '{name}'.", fix=suggestion(name, known))
+    found = import_object(known[name])
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise InputError(f"the entry point '{name}' ({known[name]}) is not a method.", fix="It must name a subclass of limbeck.Method.")
+    return found
+
+
+def state(name: str) -> str:
+    """What the committed evidence says of a method; 'no claim run' without any."""
+    for root in _ROOTS:
+        path = root / "docs" / "evidence" / f"{name}.json"
+        if path.is_file():
+            try:
+                return str(json.loads(path.read_text(encoding="utf-8"))["verdict"])
+            except (OSError, ValueError, KeyError, TypeError):
+                return "evidence unreadable"
+    return "no claim run"
+
+
+def print_methods() -> None:
+    """The table of methods: name, paper, where, what comes out, state."""
+    names = sorted(catalogue())
+    table = _table("name", names, "paper", "source", "makes", "claim")
+    for name in names:
+        method = find(name)
+        paper = method.paper
+        source = f"arXiv {paper.arxiv}, {paper.venue} {paper.year}" if paper.arxiv else f"{paper.venue} {paper.year}"
+        table.add_row(name, paper.title + (" (reconstructed)" if paper.reconstructed else ""), source, method.produces, state(name))
+    _console().print(table)
+
+
+def _console() -> Console:
+    """A console that is wide where no terminal says how wide it is, so that `limbeck methods | grep` finds things."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=200)
+
+
+def _table(key: str, keys: Sequence[str], *columns: str) -> Table:
+    """A table whose first column is never cut, the others fold."""
+    from rich.table import Table
+
+    table = Table()
+    table.add_column(key, no_wrap=True, min_width=max(map(len, (key, *keys))))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def print_method(name: str) -> None:
+    """One method: paper, knobs with type, default and meaning, state."""
+    method = find(name)
+    paper = method.paper
+    console = _console()
+    console.print(f"[bold]{name}[/bold]: {paper.title}", highlight=False)
+    source = (f"arXiv {paper.arxiv}" if paper.arxiv else "", paper.venue, str(paper.year), paper.official_code)
+    console.print(", ".join(x for x in source if x), highlight=False)
+    if paper.reconstructed:
+        console.print(f"Reconstructed: {paper.reconstructed}", highlight=False)
+    console.print(f"Makes a {method.produces}. Claim: {state(name)}.", highlight=False)
+    table = _table("knob", list(method.Config.model_fields), "default", "meaning")
+    for knob, default, meaning in knobs(method.Config):
+        table.add_row(knob, default, meaning)
+    console.print(table)
+
+
+def knobs(config: type[Frozen]) -> Iterator[tuple[str, str, str]]:
+    """Name, default as YAML, and meaning of each knob of a configuration."""
+    for name, field in config.model_fields.items():
+        default: Any = field.get_default(call_default_factory=True)
+        shown = "(needed)" if default is PydanticUndefined else _inline(default)
+        yield name, shown, field.description or ""
+
+
+def _inline(value: Any) -> str:
+    plain = value.model_dump(mode="json") if hasattr(value, "model_dump") else list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip()
+    return text.removesuffix("...").strip()
+
+
+_TEMPLATE = """\
+# {title}
+# {source}
+# Run it:   limbeck distill {file}
+# Any field can be overridden:   limbeck distill {file} --set train.epochs=3
+name: {name}
+seeds: [0, 1, 2]                # every seed is trained and reported; means ± standard errors in the report
+
+method:
+  name: {name}
+{knobs}
+{teacher}student:
+  model: {{name: cnn, widths: [8, 16]}}   # or {{target: my_package.models:build, args: {{...}}}}
+  # weights: student.safetensors          # start from these
+{pretrain}
+data:
+  source: {{name: digits}}      # digits, fashion_mnist, cifar10, cifar100, image_folder, huggingface, tensors
+  validation: 200              # held out of the training data, for methods that choose knobs by it
+  # train_size: 1000           # a class-balanced subset
+  # labelled: 100              # only so many training samples keep their label
+  augment: {{crop: 1}}           # crop (padding), flip, cutout (size), noise (sd), mixup, cutmix (alpha)
+
+train:
+  epochs: 20
+  batch_size: 64
+  optimiser: {{name: sgd, lr: 0.05, momentum: 0.9, weight_decay: 0.0005, schedule: {{name: cosine}}}}
+  evaluate_every: 2            # epochs between points of the learning curve
+  # precision: bf16            # no, bf16, fp16
+  # accumulate: 4              # micro-batches a batch is cut into
+  # workers: 2                 # loader processes; the result does not depend on them
+
+compare:
+  alone: true                  # also train the same student without a teacher
+"""
+
+_TEACHER = """
+teacher:                       # one, or a list (an ensemble)
+  model: {name: cnn, widths: [32, 64, 128]}
+  seed: 0                      # one teacher for all seeds
+  train:                       # trained here; or give weights: teacher.safetensors
+    epochs: 20
+    batch_size: 64
+    optimiser: {name: sgd, lr: 0.05, momentum: 0.9, weight_decay: 0.0005, schedule: {name: cosine}}
+
+"""
+
+_PRETRAIN = """\
+  train:                       # trained on the labels first: this method starts from a good student
+    epochs: 20
+    batch_size: 64
+    optimiser: {name: sgd, lr: 0.05, momentum: 0.9, weight_decay: 0.0005, schedule: {name: cosine}}
+"""
+
+
+def write_recipe(name: str, output: Path | None) -> Path:
+    """Write a commented recipe that runs as it is.
+
+    Raises:
+        InputError: the method is unknown, or the file exists.
+    """
+    method = find(name)
+    path = output if output is not None else Path(f"{name}.yaml")
+    if path.exists():
+        raise InputError("the file exists already.", where=str(path), fix="Give another name with --output.")
+    if not path.parent.is_dir():
+        raise InputError("there is no such folder.", where=str(path.parent))
+    lines = []
+    for knob, default, meaning in knobs(method.Config):
+        setting = f"  # {knob}: {default}"
+        lines.append(f"{setting:31} # {' '.join(meaning.split())}" if meaning else setting)
+    paper = method.paper
+    text = _TEMPLATE.format(
+        title=paper.title,
+        source=f"arXiv {paper.arxiv}, {paper.venue} {paper.year}" if paper.arxiv else f"{paper.venue} {paper.year}",
+        file=path,
+        name=name,
+        knobs="\n".join(lines),
+        teacher=_TEACHER if method.needs_teacher or "teacher" in vars(method).get("__annotations__", {}) else "",  # in some modes it needs one
+        pretrain=_PRETRAIN if method.starts_trained else "",
+    )
+    files.write_atomic(path, text)
+    return path
+
+
+__all__ = ["find", "knobs", "print_method", "print_methods", "state", "write_recipe"]

@@ -1,0 +1,52 @@
+"""Models by name: small reference networks and adapters to timm, torchvision and transformers.
+
+`CATALOGUE` maps a short name to a builder. Builders take `num_classes` and `input_shape` (of one input, without the batch) from the run,
+and return modules that map inputs [B, *input_shape] to logits [B, num_classes]. The functions below are imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from limbeck.components import import_object
+
+if TYPE_CHECKING:
+    from limbeck.models.fresh import build_model, reinitialise
+    from limbeck.models.outputs import logits_of
+    from limbeck.models.weights import fingerprint, load_weights
+
+CATALOGUE = {
+    "mlp": "limbeck.models.small:mlp",
+    "cnn": "limbeck.models.small:cnn",
+    "convnet3": "limbeck.models.small:convnet3",
+    "feature_cnn": "limbeck.models.small:feature_cnn",
+    "resnet20": "limbeck.models.resnet_cifar:resnet20",
+    "resnet32": "limbeck.models.resnet_cifar:resnet32",
+    "resnet44": "limbeck.models.resnet_cifar:resnet44",
+    "resnet56": "limbeck.models.resnet_cifar:resnet56",
+    "resnet110": "limbeck.models.resnet_cifar:resnet110",
+    "resnet_cifar": "limbeck.models.resnet_cifar:resnet",
+    "timm": "limbeck.models.adapters:timm",
+    "torchvision": "limbeck.models.adapters:torchvision",
+    "transformers": "limbeck.models.adapters:transformers",
+}
+
+_PUBLIC = {
+    "build_model": "limbeck.models.fresh:build_model",
+    "reinitialise": "limbeck.models.fresh:reinitialise",
+    "logits_of": "limbeck.models.outputs:logits_of",
+    "load_weights": "limbeck.models.weights:load_weights",
+    "fingerprint": "limbeck.models.weights:fingerprint",
+}
+
+__all__ = ["CATALOGUE", "build_model", "fingerprint", "load_weights", "logits_of", "reinitialise"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'limbeck.models' has no attribute '{name}'")
+    return import_object(_PUBLIC[name])
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
