@@ -129,4 +129,4 @@ def _said(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if len(frames) < 2:  # the call itself did not fit
         return f"{text}."
-    return f"{type(error).__name__}: {text} ({frames[-1].filename}:{frames[-1].lineno})."
+    return f"{text} ({type(error).__name__} at {frames[-1].filename}:{frames[-1].lineno})."

@@ -149,10 +149,12 @@ def test_a_flipped_bit_or_a_cut_anywhere_in_the_weights_is_named(tmp_path_factor
         del content[place:]
         words = f"{place} bytes instead of"
     file.write_bytes(bytes(content))
-    with pytest.raises(InputError) as caught:
-        load(folder)
-    assert str(file) in str(caught.value)
-    assert words in str(caught.value)
+    for use in (load, lambda folder: export(folder, "safetensors")):
+        with pytest.raises(InputError) as caught:
+            use(folder)
+        assert str(file) in str(caught.value)
+        assert words in str(caught.value)
+    assert [path.name for path in folder.parent.iterdir()] == ["a"]
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
@@ -233,7 +235,9 @@ def test_code_outside_limbeck_is_imported_only_with_trust(tmp_path, monkeypatch)
     assert touched == ["unpacked", "built"]
 
 
-@pytest.mark.parametrize("path", ["limbeck.files:os.system", "limbeck.files:os", "limbeck.models.fresh:build", "limbeckx.mod:f", "os:system"])
+@pytest.mark.parametrize(
+    "path", ["limbeck.files:os.system", "limbeck.files:os", "limbeck.models.fresh:build", "limbeck.models.small:Network.forward", "limbeckx.mod:f", "os:system"]
+)
 def test_limbecks_own_modules_are_no_way_to_other_code(tmp_path, path):
     """What a module of limbeck merely imports is not its own; models are only those of the catalogue."""
     folder = keep(network(), tmp_path / "a")
