@@ -140,7 +140,7 @@ def run_limbeck(steps: int) -> None:
     class Gated:
         """A progress display that is a gate."""
 
-        def start(self, label: str, steps: int, done: int) -> None:
+        def start(self, label: str, steps: int, done: int, unit: str = "batches") -> None:
             gate.wait()
 
         def advance(self, step: int, note: str = "") -> None:

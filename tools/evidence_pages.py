@@ -118,8 +118,7 @@ def methods_section(found: Mapping[str, Mapping[str, Any]], claims: Sequence[str
         paper = method.paper
         arxiv = f"[{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else ""
         state = found[name]["verdict"] if name in found else "not run yet" if name in claims else "no claim of its own"
-        venue = paper.venue if str(paper.year) in paper.venue else f"{paper.venue} {paper.year}"
-        rows.append([_linked(name, pages, here), paper.title, arxiv, venue, method.produces, state])
+        rows.append([_linked(name, pages, here), paper.title, arxiv, paper.published, method.produces, state])
     return table(["method", "paper", "arXiv", "venue", "makes", "claim"], rows)
 
 

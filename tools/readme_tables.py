@@ -19,7 +19,7 @@ def methods_table() -> str:
     for name in BUILT_IN:
         method = find(name)
         paper = method.paper
-        source = f"{paper.title} ([{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}), {paper.venue} {paper.year})" if paper.arxiv else paper.title
+        source = f"{paper.title} ([{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}), {paper.published})" if paper.arxiv else paper.title
         has_claim = (ROOT / "recipes" / "claims" / f"{name}.yaml").exists()
         rows.append(f"| [{name}](docs/methods/{name}.md) | {source} | {method.produces} | {state(name) if has_claim else 'baseline, none made'} |")
     return "\n".join(rows)

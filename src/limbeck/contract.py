@@ -70,6 +70,11 @@ class Paper:
     reconstructed: str = ""
     """What had to be reconstructed, "" if nothing."""
 
+    @property
+    def published(self) -> str:
+        """Venue and year, the year once."""
+        return self.venue if str(self.year) in self.venue else f"{self.venue} {self.year}".strip()
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -338,7 +343,8 @@ def validated(model: type[C], values: Mapping[str, Any]) -> C:
 
 def input_error(error: ValidationError, model: type[BaseModel]) -> InputError:
     """The first complaint of pydantic as an InputError with a field path and, for a misspelt key, a suggestion."""
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # a misspelt key also makes one missing
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])

@@ -54,12 +54,12 @@ def available_memory() -> int | None:
 
 
 def commit(folder: Path | None = None) -> str:
-    """The git commit of the folder (default: of this package), with '-dirty' where tracked files differ, evidence apart; "" outside git."""
+    """The git commit of the folder (default: of this package), with "-dirty" where anything but the evidence differs; "" outside git."""
     place = folder or Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=place, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)docs/evidence"],
+            ["git", "status", "--porcelain", "--untracked-files=normal", "--", ":/", ":(exclude,top)docs/evidence"],
             cwd=place, capture_output=True, text=True, check=True, timeout=10,
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.SubprocessError):

@@ -53,7 +53,7 @@ def print_methods() -> None:
     for name in names:
         method = find(name)
         paper = method.paper
-        source = f"arXiv {paper.arxiv}, {paper.venue} {paper.year}" if paper.arxiv else f"{paper.venue} {paper.year}"
+        source = f"arXiv {paper.arxiv}, {paper.published}" if paper.arxiv else paper.published
         table.add_row(name, paper.title + (" (reconstructed)" if paper.reconstructed else ""), source, method.produces, state(name))
     _console().print(table)
 
@@ -83,7 +83,7 @@ def print_method(name: str) -> None:
     paper = method.paper
     console = _console()
     console.print(f"[bold]{name}[/bold]: {paper.title}", highlight=False)
-    source = (f"arXiv {paper.arxiv}" if paper.arxiv else "", paper.venue, str(paper.year), paper.official_code)
+    source = (f"arXiv {paper.arxiv}" if paper.arxiv else "", paper.published, paper.official_code)
     console.print(", ".join(x for x in source if x), highlight=False)
     if paper.reconstructed:
         console.print(f"Reconstructed: {paper.reconstructed}", highlight=False)
@@ -181,7 +181,7 @@ def write_recipe(name: str, output: Path | None) -> Path:
     paper = method.paper
     text = _TEMPLATE.format(
         title=paper.title,
-        source=f"arXiv {paper.arxiv}, {paper.venue} {paper.year}" if paper.arxiv else f"{paper.venue} {paper.year}",
+        source=f"arXiv {paper.arxiv}, {paper.published}" if paper.arxiv else paper.published,
         file=path,
         name=name,
         knobs="\n".join(lines),

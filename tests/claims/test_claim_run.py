@@ -63,7 +63,7 @@ class Watcher:
     def __init__(self) -> None:
         self.seen: list[tuple] = []
 
-    def start(self, label, steps, done):
+    def start(self, label, steps, done, unit):
         self.seen.append((label, steps, done))
 
     def advance(self, step, note=""):

@@ -71,7 +71,7 @@ def run_claim(
     failures: dict[str, str] = {}
     seconds = 0.0
     watched = Silent() if progress is None else progress
-    watched.start(f"claim {spec.slug}", len(jobs), 0)
+    watched.start(f"claim {spec.slug}", len(jobs), 0, "arms × seeds")
     try:
         for done, (name, seed) in enumerate(jobs):
             label = name if seed is None else f"{name}, seed {seed}"

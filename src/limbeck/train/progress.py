@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 class Progress(Protocol):
     """What the trainer tells whoever watches."""
 
-    def start(self, label: str, steps: int, done: int) -> None:
-        """A stretch of `steps` batches begins, `done` of them already behind."""
+    def start(self, label: str, steps: int, done: int, unit: str = "batches") -> None:
+        """A stretch of `steps` units begins, `done` of them already behind."""
         ...
 
     def advance(self, step: int, note: str = "") -> None:
@@ -26,7 +26,7 @@ class Progress(Protocol):
 class Silent:
     """Says nothing."""
 
-    def start(self, label: str, steps: int, done: int) -> None:
+    def start(self, label: str, steps: int, done: int, unit: str = "batches") -> None:
         """Nothing."""
 
     def advance(self, step: int, note: str = "") -> None:
@@ -42,9 +42,9 @@ class Plain:
     def __init__(self, seconds: float = 15.0) -> None:
         self.seconds = seconds
 
-    def start(self, label: str, steps: int, done: int) -> None:
+    def start(self, label: str, steps: int, done: int, unit: str = "batches") -> None:
         """Begin a stretch."""
-        self.label, self.steps, self.first = label, steps, done
+        self.label, self.steps, self.first, self.unit = label, steps, done, unit
         self.began = self.said = time.monotonic()
         self.step, self.note = done, ""
 
@@ -59,12 +59,12 @@ class Plain:
     def _say(self, now: float) -> None:
         rate = (self.step - self.first) / max(now - self.began, 1e-9)
         left = (self.steps - self.step) / rate if rate > 0 else float("nan")
-        print(f"{self.label}: {self.step}/{self.steps} batches, {rate:.1f}/s, {left:.0f} s left {self.note}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{self.label}: {self.step}/{self.steps} {self.unit}, {_rate(rate)}, {left:.0f} s left {self.note}".rstrip(), file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Say how long the stretch took."""
         took = time.monotonic() - self.began
-        print(f"{self.label}: {self.step}/{self.steps} batches in {took:.1f} s {self.note}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{self.label}: {self.step}/{self.steps} {self.unit} in {took:.1f} s {self.note}".rstrip(), file=sys.stderr, flush=True)
 
 
 class Live:
@@ -73,7 +73,7 @@ class Live:
     def __init__(self) -> None:
         self._bar: Any = None
 
-    def start(self, label: str, steps: int, done: int) -> None:
+    def start(self, label: str, steps: int, done: int, unit: str = "batches") -> None:
         """Begin a stretch."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -90,12 +90,16 @@ class Live:
         now = time.monotonic()
         if now - self._drawn > 0.1 or note:
             self._drawn = now
-            rate = f"{(step - self._first) / max(now - self._began, 1e-9):.1f}/s"
+            rate = _rate((step - self._first) / max(now - self._began, 1e-9))
             self._bar.update(self._task, completed=step, rate=rate, **({"note": note} if note else {}))
 
     def stop(self) -> None:
         """Leave the finished bar standing."""
         self._bar.stop()
+
+
+def _rate(a_second: float) -> str:
+    return f"{a_second:.1f}/s" if a_second >= 0.5 else f"{a_second * 60:.1f}/min"
 
 
 def choose(style: Literal["auto", "plain", "quiet"]) -> Progress:

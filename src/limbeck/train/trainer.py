@@ -215,23 +215,26 @@ class Trainer:
             micro=config.accumulate, workers=config.workers, num_classes=self.num_classes,
         )  # fmt: skip
         per_epoch = plan.steps_per_epoch
-        for step, micros in zip(range(start, clock.steps), batches, strict=True):
-            clock.step, clock.epoch = step, step // per_epoch
-            for seat in self.seats.values():
-                set_rate(seat.optimiser, seat.spec, step, clock.steps)
-            if self.device.type != "cpu":
-                micros = [batch.to(self.device) for batch in micros]
-            size = sum(len(batch) for batch in micros) if self.world == 1 else len(plan.ids(step)[1])
-            self.buffer.ids[step] = micros[0].ids if len(micros) == 1 else _join(micros)
-            self._step(micros, clock, size)
-            self.total += 1
-            self.samples += size
-            ended = step + 1 == clock.steps
-            if ended or (step + 1) % config.log_every == 0:
-                self._log(clock, ended)
-            if config.evaluate_every and self.evaluate is not None and (ended or (step + 1) % (per_epoch * config.evaluate_every) == 0):
-                self._evaluate(clock)
-            self._upkeep(index, step + 1, phase.name, ended)
+        try:
+            for step, micros in zip(range(start, clock.steps), batches, strict=True):
+                clock.step, clock.epoch = step, step // per_epoch
+                for seat in self.seats.values():
+                    set_rate(seat.optimiser, seat.spec, step, clock.steps)
+                if self.device.type != "cpu":
+                    micros = [batch.to(self.device) for batch in micros]
+                size = sum(len(batch) for batch in micros) if self.world == 1 else len(plan.ids(step)[1])
+                self.buffer.ids[step] = micros[0].ids if len(micros) == 1 else _join(micros)
+                self._step(micros, clock, size)
+                self.total += 1
+                self.samples += size
+                ended = step + 1 == clock.steps
+                if ended or (step + 1) % config.log_every == 0:
+                    self._log(clock, ended)
+                if config.evaluate_every and self.evaluate is not None and (ended or (step + 1) % (per_epoch * config.evaluate_every) == 0):
+                    self._evaluate(clock)
+                self._upkeep(index, step + 1, phase.name, ended)
+        finally:
+            batches.close()
         self.progress.stop()
         self._mode(training=False)
         for seat in self.seats.values():
