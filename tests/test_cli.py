@@ -23,9 +23,9 @@ from limbeck import cli
 from limbeck.data.sources import digits
 from limbeck.errors import LimbeckError
 from limbeck.evaluate.predict import predict
+from limbeck.ingredients import prepare
 from limbeck.methods import BUILT_IN
 from limbeck.recipe import Recipe
-from limbeck.run import prepare
 from limbeck.train import Trainer, checkpoint, locked
 from recipe_parts import everything_in, fast, limbeck, quickstart, write
 

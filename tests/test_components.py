@@ -99,6 +99,6 @@ def test_arguments_that_do_not_fit_are_named(parts):
         build(Component(name="width", args={"size": "x"}), parts, "model")
 
 
-def test_a_fault_in_a_persons_own_code_keeps_its_traceback(parts):
-    with pytest.raises(RuntimeError, match="a fault inside at 3"):
+def test_a_fault_in_a_persons_own_code_is_told_with_its_place(parts):
+    with pytest.raises(InputError, match=r"a fault inside at 3 \(RuntimeError at .*\.py:\d+\)"):
         build(Component(target="own_parts:broken", args={"size": 3}), parts, "model")

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.errors import InputError
+from limbeck.ingredients import make_method
 from limbeck.recipe import Recipe, expand, line_of, override, parse_yaml
-from limbeck.run import make_method
 from recipe_parts import BASES, as_yaml, ensemble, meal, quickstart, write
 
 

@@ -21,8 +21,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from limbeck.ingredients import from_recipe
 from limbeck.recipe import Recipe
-from limbeck.run import Runner, from_recipe
+from limbeck.runner import Runner
 from recipe_parts import BASES, MODULE, as_yaml, everything_in, limbeck, temporary_files_in
 
 HUGE, NAN, INF = 10**30, float("nan"), float("inf")

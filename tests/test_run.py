@@ -17,9 +17,11 @@ from limbeck import environment
 from limbeck.contract import Frozen, Method, Paper, Update
 from limbeck.data import AugmentSpec
 from limbeck.errors import InputError
+from limbeck.ingredients import from_recipe
 from limbeck.losses import cross_entropy, hinton
 from limbeck.recipe import Recipe
-from limbeck.run import Runner, from_recipe, measure
+from limbeck.run import measure
+from limbeck.runner import Runner
 from limbeck.teachers import ModuleTeacher
 from limbeck.train import TrainConfig, Trainer
 from recipe_parts import MODULE, ensemble, quickstart, target, write
@@ -268,7 +270,7 @@ def check(values) -> None:
 
 
 def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_built(monkeypatch):
-    monkeypatch.setattr("limbeck.run.available_memory", lambda: 3_000_000)
+    monkeypatch.setattr("limbeck.ingredients.available_memory", lambda: 3_000_000)
     values = quickstart()
     check(values)
     values["student"]["model"] = {"name": "mlp", "hidden": [700, 700]}
@@ -280,7 +282,7 @@ def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_built(mon
     values["teacher"][0]["model"] = {"name": "mlp", "hidden": [700, 700]}
     with pytest.raises(InputError, match=r"^teacher\.0\.model\.args"):
         check(values)
-    monkeypatch.setattr("limbeck.run.available_memory", lambda: None)
+    monkeypatch.setattr("limbeck.ingredients.available_memory", lambda: None)
     check(values)
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from limbeck.claims import find, read, run_claim, write
 from limbeck.components import resolve
+from limbeck.ingredients import make_method
 from limbeck.recipe import Recipe
-from limbeck.run import make_method
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "claims"
 NAMES = list(find([], FOLDER))

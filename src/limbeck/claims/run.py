@@ -18,8 +18,9 @@ from limbeck.components import Component, build, resolve
 from limbeck.errors import InputError, Interrupted, LimbeckError
 from limbeck.evaluate.statistics import mean_stderr
 from limbeck.files import write_json
+from limbeck.ingredients import make_method
 from limbeck.recipe import Recipe
-from limbeck.run import make_method, measure
+from limbeck.run import measure
 from limbeck.train.progress import Progress, Silent
 
 NOT_RESULTS = ("advise", "report", "cli.py")

@@ -1,0 +1,196 @@
+"""What a run is made of: data, networks and a method, built from a recipe's sections, with the field that is wrong in every error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck import data as datasets
+from limbeck import methods, models
+from limbeck.components import Component, build, resolve
+from limbeck.contract import IGNORE, Data, Method, Teacher
+from limbeck.data import AugmentSpec
+from limbeck.environment import available_memory
+from limbeck.errors import InputError
+from limbeck.evaluate import cost
+from limbeck.models.weights import load_weights
+from limbeck.recipe import CompareSpec, DataSpec, EvaluateSpec, ModelSpec, Recipe, TeacherSpec
+from limbeck.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of one seed."""
+
+    train: Data
+    test: Data
+    validation: Data | None
+    num_classes: int
+    input_shape: tuple[int, ...]
+
+    @property
+    def labelled(self) -> Tensor | None:
+        """Positions of the labelled training samples, where some are not; None where all are."""
+        targets = self.train.targets
+        if targets is None or bool((targets != IGNORE).all()):
+            return None
+        return (targets != IGNORE).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a run is made of, whether it came from a recipe or from objects."""
+
+    name: str
+    seeds: tuple[int, ...]
+    method: Callable[[], Method]
+    data: Callable[[int], Prepared]
+    student: Callable[[Prepared, int], nn.Module]
+    fresh: Callable[[Prepared, int], nn.Module]
+    teachers: tuple[TeacherSpec, ...]
+    given_teacher: Teacher | None
+    train: TrainConfig
+    augment: AugmentSpec
+    evaluate: EvaluateSpec
+    compare: CompareSpec
+    student_spec: ModelSpec | None
+    data_key: str
+    recipe: str = ""
+    cpu: bool = False
+
+
+@lru_cache(maxsize=4)
+def _splits(source_json: str) -> Any:
+    return build(Component.model_validate_json(source_json), datasets.CATALOGUE, "data set")
+
+
+def prepare(spec: DataSpec, seed: int) -> Prepared:
+    """The data of a recipe for one seed. Raises InputError with the field that is wrong."""
+    try:
+        splits = _splits(spec.source.model_dump_json())
+    except InputError as error:
+        raise error.at("data.source") from error
+    if not isinstance(splits, datasets.Splits):
+        raise InputError("the data source must return limbeck.data.Splits(train, test).", where="data.source")
+    train, test, validation = splits.train, splits.test, None
+    if spec.train_size is not None:
+        with _field("data.train_size"):
+            train = datasets.stratified_subset(train, spec.train_size, seed=0)
+    if spec.test_size is not None:
+        with _field("data.test_size"):
+            test = datasets.stratified_subset(test, spec.test_size, seed=0)
+    if spec.validation:
+        with _field("data.validation"):
+            train, validation = datasets.hold_out(train, spec.validation, seed=0)
+    if spec.label_noise:
+        with _field("data.label_noise"):
+            train = datasets.corrupt_labels(train, spec.label_noise, seed=seed)
+    if spec.labelled is not None:
+        with _field("data.labelled"):
+            train = datasets.hide_labels(train, spec.labelled, seed=seed)
+    return Prepared(train, test, validation, splits.num_classes, tuple(splits.input_shape))
+
+
+@contextmanager
+def _field(path: str) -> Iterator[None]:
+    """Errors name this field of the recipe, whatever the argument is called where they come from."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.what, where=path, fix=error.fix) from error
+
+
+def make_method(component: Component) -> Method:
+    """The method that a recipe names, with its knobs. Raises InputError."""
+    try:
+        found = resolve(component, methods.catalogue(), "method")
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise InputError(f"'{component}' is not a method.", where="target", fix="Name a subclass of limbeck.Method.")
+        return found(**component.args)
+    except InputError as error:
+        raise error.at("method") from error
+
+
+def network(spec: ModelSpec, prepared: Prepared, seed: int, where: str) -> nn.Module:
+    """A network as its recipe section says, its weights loaded but not trained. Raises InputError."""
+    try:
+        _fits_memory(spec.model, prepared)
+        module = models.build_model(spec.model, num_classes=prepared.num_classes, input_shape=prepared.input_shape, seed=seed)
+    except InputError as error:
+        raise error.at(f"{where}.model") from error
+    if spec.weights is not None:
+        try:
+            load_weights(module, spec.weights)
+        except InputError as error:
+            raise error.at(f"{where}.weights") from error
+        except OSError as error:  # a name too long, a folder that may not be entered
+            raise InputError(f"the weights cannot be read: {error.strerror}.", where=f"{where}.weights") from error
+    return module
+
+
+def _fits_memory(component: Component, prepared: Prepared) -> None:
+    """Raise InputError where a model of the catalogue has more weights than there is memory, before any of it is taken."""
+    if component.name is None or component.args.get("pretrained") or component.args.get("weights"):
+        return  # a person's own code is run once, and weights are fetched once
+    try:
+        with torch.device("meta"):
+            module = models.build_model(component, num_classes=prepared.num_classes, input_shape=prepared.input_shape, seed=0)
+    except (InputError, RuntimeError, NotImplementedError):
+        return  # wrong, which the real building says; or it wants numbers where there are none
+    needed, free = cost.tensor_bytes(module), available_memory()
+    if free is not None and 3 * needed > free:  # weights, gradients, the optimiser's state
+        raise InputError(
+            f"'{component}' has weights of {needed / 2**30:,.1f} GiB, three times which training needs, and {free / 2**30:,.1f} GiB of memory are free.",
+            where="args",
+            fix="Make it smaller.",
+        )
+
+
+def from_recipe(recipe: Recipe) -> Ingredients:
+    """Ingredients of a recipe; nothing is loaded yet."""
+    return Ingredients(
+        name=recipe.name,
+        seeds=recipe.seeds,
+        method=lambda: make_method(recipe.method),
+        data=lambda seed: prepare(recipe.data, seed),
+        student=lambda prepared, seed: network(recipe.student, prepared, seed, "student"),
+        fresh=lambda prepared, seed: network(recipe.student, prepared, seed, "student"),
+        teachers=recipe.teacher,
+        given_teacher=None,
+        train=recipe.train,
+        augment=recipe.data.augment,
+        evaluate=recipe.evaluate,
+        compare=recipe.compare,
+        student_spec=recipe.student,
+        data_key=recipe.data.model_dump_json(),
+        recipe=recipe.to_yaml(),
+        cpu=recipe.device == "cpu",
+    )
+
+
+def fits(module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:
+    """Raise InputError unless the network turns the data's inputs into one logit a class."""
+    was = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            out = models.logits_of(module(example.to(next(module.parameters(), example).device)))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"the {where.split('.')[0]} cannot take the data's inputs of shape {list(example.shape[1:])}: {first}", where=f"{where}.model"
+        ) from error
+    finally:
+        module.train(was)
+    if tuple(out.shape) != (len(example), prepared.num_classes):
+        raise InputError(
+            f"the {where.split('.')[0]} gives outputs of shape {list(out.shape[1:])}, the data have {prepared.num_classes} classes.",
+            where=f"{where}.model",
+            fix=f"It must return logits of shape [batch, {prepared.num_classes}].",
+        )

@@ -1,0 +1,358 @@
+"""Training and measuring, seed by seed: teacher, student alone, student distilled."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from limbeck import data as datasets
+from limbeck import seeds
+from limbeck.components import Component
+from limbeck.contract import Method, Teacher
+from limbeck.data import BatchPlan
+from limbeck.errors import InputError
+from limbeck.evaluate import cost
+from limbeck.evaluate.classifier import ClassifierMetrics, classifier_metrics
+from limbeck.evaluate.predict import predict
+from limbeck.export import folder as artefacts
+from limbeck.ingredients import Ingredients, Prepared, fits, make_method, network
+from limbeck.recipe import ModelSpec
+from limbeck.report.summary import Curve, Outcome
+from limbeck.teachers import as_teacher
+from limbeck.train import TrainConfig, Trained, Trainer
+from limbeck.train.progress import choose
+
+Style = Literal["auto", "plain", "quiet"]
+
+
+@dataclass
+class Made:
+    """A network that came out of a training (or was given), and what that cost."""
+
+    module: nn.Module
+    trained: Trained | None = None
+    method: Method | None = None
+
+
+@dataclass
+class Runner:
+    """Trains and measures, seed by seed. folder: where it all goes (None: nowhere); cache: where networks shared by arms are kept."""
+
+    parts: Ingredients
+    folder: Path | None = None
+    cache: Path | None = None
+    style: Style = "quiet"
+    resume_from: str | None = None
+    _teachers: dict[str, tuple[Teacher, Tensor | None]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Build everything once and pass two samples through it, so that a wrong recipe fails before anything is written."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again in earnest
+            self._check()
+
+    def _check(self) -> None:
+        parts, seed = self.parts, self.parts.seeds[0]
+        method = parts.method()
+        if method.needs_teacher and not parts.teachers and parts.given_teacher is None:
+            raise InputError(f"the method '{type(method).__name__}' needs a teacher.", where="teacher", fix="Add a 'teacher:' section.")
+        prepared = parts.data(seed)
+        if method.needs_labels and prepared.train.targets is None:
+            raise InputError("the method needs labels, the data have none.", where="data")
+        if parts.train.sharding == "fsdp2" and parts.train.ema is not None:
+            raise InputError("a moving average of sharded weights is not supported.", where="train.ema", fix="Leave out ema, or sharding.")
+        ids = torch.arange(min(2, len(prepared.train)))
+        raw, targets = prepared.train.fetch(ids)
+        try:
+            datasets.augment(raw, targets, ids, spec=parts.augment, seed=seed, epoch=0, num_classes=prepared.num_classes)
+        except InputError as error:
+            raise error.at("data.augment") from error
+        example = prepared.train.prepare(raw)
+        student = parts.student(prepared, seed)
+        fits(student, example, prepared, "student")
+        if not any(p.requires_grad for p in student.parameters()):
+            raise InputError("the student has no parameters to train.", where="student")
+        if parts.given_teacher is not None:
+            fits(_Answering(parts.given_teacher).eval(), example, prepared, "teacher")
+        members = []
+        for index, spec in enumerate(parts.teachers):
+            where = "teacher" if len(parts.teachers) == 1 else f"teacher.{index}"
+            members.append(network(spec, prepared, 0, where))
+            fits(members[-1], example, prepared, where)
+            if spec.train is not None:
+                self._rehearse(make_method(spec.method), members[-1], prepared, seed, spec.train, None, where)
+        teacher = parts.given_teacher if parts.given_teacher is not None else as_teacher(members) if members else None
+        if parts.student_spec is not None and parts.student_spec.train is not None:
+            self._rehearse(make_method(parts.student_spec.method), copy.deepcopy(student), prepared, seed, parts.student_spec.train, teacher, "student")
+        self._rehearse(method, copy.deepcopy(student), prepared, seed, parts.train, teacher, "")
+
+    def _rehearse(self, method: Method, student: nn.Module, prepared: Prepared, seed: int, config: TrainConfig, teacher: Teacher | None, where: str) -> None:
+        """Bind a method and cut its data into batches, without training. Raises InputError."""
+        try:
+            prepared = self._bind(method, student, prepared, seed, teacher, test=False)
+        except InputError as error:
+            raise (error.at("method") if error.where.split(".")[0] in type(method.config).model_fields else error) from error
+        try:
+            BatchPlan(len(prepared.train), config.batch_size, seed=0, drop_last=config.drop_last)
+        except InputError as error:
+            raise error.at(f"{where}.train" if where else "train") from error
+
+    def seed(self, seed: int) -> tuple[dict[str, Outcome], Made, dict[str, Any]]:
+        """Train and measure one seed: outcomes by role (teacher, alone, distilled), the distilled student, costs by role."""
+        parts = self.parts
+        prepared = parts.data(seed)
+        place = self._place(seed)
+        targets = prepared.test.targets
+        if targets is None:
+            raise InputError("the test data have no labels to measure against.", where="data")
+        teacher, teacher_logits = self.teacher(prepared, seed)
+        outcomes: dict[str, Outcome] = {}
+        if teacher_logits is not None:
+            outcomes["teacher"] = Outcome.of(seed, classifier_metrics(teacher_logits, targets))
+        method = parts.method()
+        start = self.student(prepared, seed, teacher)
+        alone: Made | None = None
+        if parts.compare.alone and type(method).__name__ != "Supervised" and method.produces == "classifier" and prepared.train.targets is not None:
+            alone = self._alone(prepared, seed, start, None if place is None else place / "alone")
+            outcomes["alone"] = self._outcome(alone, prepared, seed, teacher_logits)
+        student = copy.deepcopy(start)
+        made = self._train(method, student, prepared, seed, parts.train, place, teacher=teacher, label=f"{parts.name} seed {seed}", test=True)
+        outcomes["distilled"] = self._outcome(made, prepared, seed, teacher_logits)
+        costs: dict[str, Any] = {}
+        if seed == parts.seeds[0]:
+            costs = self._costs({"teacher": teacher, "alone": alone, "distilled": made}, prepared)
+        if place is not None and rank() == 0:
+            self._keep(made, prepared, place / "artefact", outcomes["distilled"])
+            if alone is not None:
+                self._keep(alone, prepared, place / "alone" / "artefact", outcomes["alone"])
+        barrier()
+        return outcomes, made, costs
+
+    # -- networks that are trained beforehand
+
+    def teacher(self, prepared: Prepared, seed: int) -> tuple[Teacher | None, Tensor | None]:
+        """The teacher of a seed and its logits on the test data; trained once where it does not depend on the seed."""
+        parts = self.parts
+        if parts.given_teacher is None and not parts.teachers:
+            return None, None
+        if parts.given_teacher is not None:
+            key = "given"
+            if key not in self._teachers:
+                self._teachers[key] = (parts.given_teacher, self._teacher_logits(parts.given_teacher, prepared))
+            return self._teachers[key]
+        own = [seed if spec.seed is None else spec.seed for spec in parts.teachers]
+        key = json.dumps(own)
+        if key not in self._teachers:
+            members = []
+            for index, (spec, of) in enumerate(zip(parts.teachers, own, strict=True)):
+                where = "teacher" if len(parts.teachers) == 1 else f"teacher.{index}"
+                name = "teacher" if len(parts.teachers) == 1 else f"teacher-{index + 1}"
+                module = network(spec, prepared, seeds.derive(of, "teacher", index), where)
+                if spec.train is not None:
+                    shared = spec.seed is not None
+                    base = parts.data(of) if shared else prepared
+                    module = self._beforehand(spec, module, base, of, name, self.folder if shared else self._place(seed), teacher=None)
+                members.append(module)
+            teacher = as_teacher(members[0] if len(members) == 1 else members)
+            self._teachers = {key: (teacher, self._teacher_logits(teacher, prepared))}
+        return self._teachers[key]
+
+    def _teacher_logits(self, teacher: Teacher, prepared: Prepared) -> Tensor | None:
+        from limbeck.contract import Batch
+
+        module = teacher if isinstance(teacher, nn.Module) else nn.Identity()
+        return predict(module, prepared.test, batch_size=self.parts.evaluate.batch_size, forward=lambda x: teacher.logits(Batch(x)))
+
+    def student(self, prepared: Prepared, seed: int, teacher: Teacher | None) -> nn.Module:
+        """The student that distillation starts from: built, its weights loaded, trained beforehand where the recipe says so."""
+        spec = self.parts.student_spec
+        of = seed if spec is None or spec.seed is None else spec.seed
+        module = self.parts.student(prepared, seeds.derive(of, "student"))
+        if spec is None or spec.train is None:
+            return module
+        return self._beforehand(spec, module, prepared, of, "student", self._place(seed), teacher=teacher)
+
+    def _beforehand(
+        self, spec: ModelSpec, module: nn.Module, prepared: Prepared, seed: int, name: str, folder: Path | None, *, teacher: Teacher | None
+    ) -> nn.Module:
+        assert spec.train is not None
+        facts = [spec.model_dump_json(), self.parts.data_key, str(seed), str(self.parts.cpu)]
+        if teacher is not None and make_method(spec.method).needs_teacher:
+            facts += [t.model_dump_json() for t in self.parts.teachers]
+        key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
+        place = self.cache / f"{name}-{key}" if self.cache is not None else None if folder is None else folder / name
+        if place is not None and (place / "artefact" / "config.json").exists():
+            kept = artefacts.read_config(place / "artefact")
+            if kept.extra.get("key") == key:
+                return artefacts.load(place / "artefact", model=module)
+        method = make_method(spec.method)
+        made = self._train(method, module, prepared, seed, spec.train, place, teacher=teacher, label=f"{name} seed {seed}", test=False)
+        if place is not None and rank() == 0:
+            self._keep(made, prepared, place / "artefact", None, spec=spec, key=key)
+        barrier()
+        return made.module.eval()
+
+    def _alone(self, prepared: Prepared, seed: int, start: nn.Module, folder: Path | None) -> Made:
+        """The same student from the same start, on the labels alone, for as many steps and with the same optimiser."""
+        config = self.parts.train
+        if config.steps is None and prepared.labelled is not None:
+            steps = (config.epochs or 0) * -(-len(prepared.train) // config.batch_size)
+            config = config.model_copy(update={"epochs": None, "steps": steps})
+        method = make_method(Component(name="supervised"))
+        return self._train(method, copy.deepcopy(start), prepared, seed, config, folder, teacher=None, label=f"alone seed {seed}", test=True)
+
+    # -- training, measuring, keeping
+
+    def _train(
+        self, method: Method, student: nn.Module, prepared: Prepared, seed: int, config: TrainConfig, folder: Path | None,
+        *, teacher: Teacher | None, label: str, test: bool,
+    ) -> Made:  # fmt: skip
+        prepared = self._bind(method, student, prepared, seed, teacher, test=test)
+        curve_data = prepared.validation or prepared.test
+
+        def evaluate(current: Method) -> dict[str, float]:
+            logits = predict(current.inference(), curve_data, batch_size=self.parts.evaluate.batch_size)
+            assert curve_data.targets is not None
+            found = classifier_metrics(logits, curve_data.targets)
+            return {"accuracy": found.accuracy} | ({} if found.nll is None else {"nll": found.nll})
+
+        trainer = Trainer(
+            method, prepared.train, config, seed=seed, folder=folder, augment=self.parts.augment, evaluate=evaluate,
+            progress=choose(self.style if rank() == 0 else "quiet"), label=label, resume_from=self.resume_from if test else None,
+            num_classes=prepared.num_classes, cpu=self.parts.cpu,
+        )  # fmt: skip
+        trained = trainer.fit()
+        return Made(method.inference().eval(), trained, method)
+
+    def _bind(self, method: Method, student: nn.Module, prepared: Prepared, seed: int, teacher: Teacher | None, *, test: bool) -> Prepared:
+        """Bind a method; returns the data that it trains on: of partly labelled ones the labelled, where it needs labels."""
+        if method.needs_labels and (labelled := prepared.labelled) is not None:
+            prepared = replace(prepared, train=datasets.subset(prepared.train, labelled))
+        method.bind(
+            student=student,
+            teacher=teacher,
+            fresh_student=lambda s: self.parts.fresh(prepared, s),
+            train=prepared.train,
+            validation=prepared.validation,
+            test=prepared.test if test else None,
+            num_classes=prepared.num_classes,
+            seed=seed,
+        )
+        return prepared
+
+    def _outcome(self, made: Made, prepared: Prepared, seed: int, teacher_logits: Tensor | None) -> Outcome:
+        assert prepared.test.targets is not None
+        logits = predict(made.module, prepared.test, batch_size=self.parts.evaluate.batch_size)
+        metrics: ClassifierMetrics = classifier_metrics(logits, prepared.test.targets, teacher_logits)
+        trained = made.trained
+        return Outcome.of(
+            seed,
+            metrics,
+            training_seconds=None if trained is None else trained.seconds,
+            examples_seen=None if trained is None else trained.samples,
+            curves=() if trained is None else _curves(trained.rows),
+        )
+
+    def _costs(self, made: Mapping[str, Any], prepared: Prepared) -> dict[str, Any]:
+        """Parameters, multiply-accumulates, bytes and latencies by role, measured side by side."""
+        modules: dict[str, nn.Module] = {}
+        for role, found in made.items():
+            module = found.module if isinstance(found, Made) else found
+            if isinstance(module, nn.Module):
+                modules[role] = _Answering(found) if role == "teacher" else module
+        example = prepared.test.prepare(prepared.test.fetch(torch.arange(min(64, len(prepared.test))))[0])
+        costs: dict[str, Any] = {}
+        for role, module in modules.items():
+            costs[role] = {"parameters": cost.parameters(module), "macs": _macs(module, prepared.input_shape), "bytes": _bytes(made[role], module)}
+        if self.parts.evaluate.latency:
+            measured = cost.latencies(modules, example, repeats=self.parts.evaluate.latency_repeats)
+            for role in modules:
+                costs[role]["latencies"] = list(measured[role])
+        return costs
+
+    def _keep(self, made: Made, prepared: Prepared, folder: Path, outcome: Outcome | None, *, spec: ModelSpec | None = None, key: str = "") -> None:
+        assert made.method is not None
+        artefact = made.method.artefact()
+        preprocessing = getattr(prepared.train, "preprocessing", None)
+        spec = spec or self.parts.student_spec
+        metrics = {} if outcome is None else {"accuracy": outcome.accuracy, "nll": outcome.nll, "ece": outcome.ece}
+        artefacts.save(
+            artefact,
+            folder,
+            model=None if spec is None else spec.model,
+            num_classes=prepared.num_classes,
+            input_shape=prepared.input_shape,
+            preprocess=preprocessing() if callable(preprocessing) else {},
+            classes=list(prepared.train.classes),
+            extra={"key": key, "metrics": metrics, "method": type(made.method).__name__},
+        )
+
+    def _place(self, seed: int) -> Path | None:
+        if self.folder is None:
+            return None
+        return self.folder if seed == self.parts.seeds[0] else self.folder / f"seed-{seed}"
+
+
+class _Answering(nn.Module):
+    """A teacher as a plain module, for timing."""
+
+    def __init__(self, teacher: Any) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        from limbeck.contract import Batch
+
+        return self.teacher.logits(Batch(inputs))
+
+
+def _macs(module: nn.Module, input_shape: Sequence[int]) -> int | None:
+    try:
+        return cost.macs(module, input_shape)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
+    """Learning curves out of metrics.jsonl's rows; steps count over all phases."""
+    found: dict[str, tuple[list[int], list[float | None]]] = {}
+    before, last, phase = 0, 0, None
+    for row in rows:
+        if row["phase"] != phase:
+            before, phase = before + last, row["phase"]
+        last = row["step"]
+        for name, value in row.items():
+            if "/" in name and not name.endswith("/lr"):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(before + last)
+                values.append(value)
+    return tuple(Curve(name.split("/", 1)[0], name.split("/", 1)[1], tuple(s), tuple(v)) for name, (s, v) in found.items())
+
+
+def _bytes(made: Any, module: nn.Module) -> int:
+    """Of the tensors as they go to disk: packed where the method packs them."""
+    artefact = made.method.artefact() if isinstance(made, Made) and made.method is not None else None
+    if artefact is None or artefact.encoder is None:
+        return cost.tensor_bytes(module)
+    return sum(t.numel() * t.element_size() for t in artefact.encoder.encode(artefact.module.state_dict()).values())
+
+
+def rank() -> int:
+    """This process's number among those that were launched together."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def barrier() -> None:
+    """Wait for the other processes, where there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
