@@ -8,11 +8,12 @@ runs/NAME/seed-S/     the same for every further seed
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 from limbeck import data as datasets
 from limbeck import files, models
 from limbeck.components import Component
-from limbeck.contract import Method
+from limbeck.contract import Data, Method
 from limbeck.data import AugmentSpec
 from limbeck.environment import describe
 from limbeck.errors import InputError
 from limbeck.evaluate.classifier import classifier_metrics
+from limbeck.evaluate.cost import torch_threads
 from limbeck.evaluate.predict import predict
 from limbeck.evaluate.statistics import Latency
 from limbeck.export import folder as artefacts
@@ -35,7 +37,7 @@ from limbeck.ingredients import Ingredients, Prepared, fits, from_recipe, make_m
 from limbeck.recipe import CompareSpec, EvaluateSpec, Recipe
 from limbeck.report import html
 from limbeck.report.summary import Arm, Outcome, RunSummary
-from limbeck.runner import Made, Runner, Style, barrier, rank
+from limbeck.runner import Made, Runner, Style, barrier, rank, start_processes
 from limbeck.teachers import as_teacher
 from limbeck.train import TrainConfig, locked
 
@@ -73,37 +75,42 @@ def execute(parts: Ingredients, folder: Path | None, *, style: Style = "quiet", 
     if folder is None:
         runner.check()
         return _all_seeds(runner)
-    existed = folder.exists()
-    if not existed or fresh or not (folder / "recipe.yaml").exists():
+    if fresh or not (folder / "recipe.yaml").exists():
         runner.check()
+    start_processes(cpu=parts.cpu)
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the run folder cannot be made: {error.strerror}.", where=str(folder), fix="Give another with --run.") from error
-    try:
-        with locked(folder) if rank() == 0 else nullcontext():
-            if fresh and rank() == 0:
-                _empty(folder)
+    with locked(folder) if rank() == 0 else nullcontext():
+        try:
             if rank() == 0:
+                if fresh:
+                    _empty(folder)
                 _claim(folder, parts)
             barrier()
-            done = folder / "result.json"
-            if done.exists() and not fresh:
+            if resume_from is not None and not list(folder.glob(f"**/checkpoints/{resume_from}")):
+                raise InputError(f"there is no checkpoint '{resume_from}' in this run.", where="--from")
+            if (folder / "result.json").exists():
                 return _finished(parts, folder)
             return _all_seeds(runner)
-    except InputError:
-        if not existed and rank() == 0 and not list(folder.glob("**/step-*")) and not list(folder.glob("**/artefact")):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        except InputError:
+            if made and rank() == 0 and not list(folder.glob("**/step-*")) and not list(folder.glob("**/artefact")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _finished(parts: Ingredients, folder: Path) -> Result:
     """What an earlier process finished, read back."""
     summary = RunSummary.from_json((folder / "result.json").read_text(encoding="utf-8"))
+    return Result(_kept_student(parts, folder), _metrics(summary), summary, folder)
+
+
+def _kept_student(parts: Ingredients, folder: Path) -> nn.Module:
     own = None if parts.student_spec is not None else parts.student(parts.data(parts.seeds[0]), 0)
     trusted = parts.student_spec is not None and parts.student_spec.model.target is not None
-    student = artefacts.load(folder, model=own, trust_imports=trusted)
-    return Result(student, _metrics(summary), summary, folder)
+    return artefacts.load(folder, model=own, trust_imports=trusted)
 
 
 def _metrics(summary: RunSummary) -> dict[str, float]:
@@ -115,17 +122,24 @@ def _metrics(summary: RunSummary) -> dict[str, float]:
 
 
 def _empty(folder: Path) -> None:
-    for item in folder.iterdir():
+    """Delete a run, its recipe last: it is what marks a run. Raises InputError, and deletes nothing, where the folder holds something else."""
+    if not (folder / "recipe.yaml").exists() and _strangers(folder):
+        raise InputError("the folder holds other things than a run; it is left alone.", where=str(folder), fix="Give this run another folder with --run.")
+    for item in sorted(folder.iterdir(), key=lambda found: found.name == "recipe.yaml"):
         if item.name != ".lock":
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Names that a run which was killed at its very start does not leave."""
+    return [item.name for item in folder.iterdir() if not item.name.startswith(".") and item.name != "environment.json"]
 
 
 def _claim(folder: Path, parts: Ingredients) -> None:
     """Write recipe and environment, or check that the folder's recipe is this one."""
     path = folder / "recipe.yaml"
     if not path.exists():
-        others = [item.name for item in folder.iterdir() if item.name != ".lock"]
-        if others:
+        if others := _strangers(folder):
             raise InputError(f"the folder is not empty and no run ('{others[0]}' is in it).", where=str(folder), fix="Give this run another folder with --run.")
         files.write_json(folder / "environment.json", describe())
         files.write_atomic(path, parts.recipe)
@@ -186,6 +200,8 @@ def _all_seeds(runner: Runner) -> Result:
         html.write(summary, folder / "report.html")
         files.write_atomic(folder / "result.json", summary.to_json())
     barrier()
+    if first is None and folder is not None:  # an earlier process made it
+        return Result(_kept_student(parts, folder), _metrics(summary), summary, folder)
     return Result(None if first is None else first.module, _metrics(summary), summary, folder)
 
 
@@ -203,18 +219,6 @@ def _plain(value: Any) -> Any:
 
 
 # ---- front doors ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Torch's threads within the block."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def distill(
@@ -255,7 +259,7 @@ def distill(
     if recipe is not None:
         found = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
         folder = Path(run) if run is not None else Path("runs") / found.name
-        with threads(found.threads):
+        with torch_threads(found.threads):
             return execute(from_recipe(found), folder, style=style, fresh=fresh, resume_from=resume_from)
     if student is None or data is None:
         raise InputError("distill needs a recipe, or at least student= and data=(train, test).")
@@ -270,6 +274,7 @@ def distill(
     prepared = Prepared(
         train_data, test_data, None if validation is None else datasets.as_data(validation), classes, tuple(example.shape[1:])
     )  # fmt: skip
+    given = None if teacher is None else as_teacher(teacher)
     parts = Ingredients(
         name=Path(run).name if run is not None else type(chosen).__name__,
         seeds=(seed,),
@@ -278,7 +283,7 @@ def distill(
         student=lambda _prepared, _seed: copy.deepcopy(student),
         fresh=lambda _prepared, of: models.reinitialise(student, of),
         teachers=(),
-        given_teacher=None if teacher is None else as_teacher(teacher),
+        given_teacher=given,
         train=config,
         augment=augment or AugmentSpec(),
         evaluate=EvaluateSpec(latency=run is not None),
@@ -286,7 +291,17 @@ def distill(
         student_spec=None,
         data_key="objects",
         recipe=json.dumps(
-            {"method": type(chosen).__name__, "knobs": chosen.config.model_dump(mode="json"), "train": config.model_dump(mode="json"), "seed": seed}
+            {
+                "method": type(chosen).__name__,
+                "knobs": chosen.config.model_dump(mode="json"),
+                "train": config.model_dump(mode="json"),
+                "seed": seed,
+                "alone": alone,
+                "augment": (augment or AugmentSpec()).model_dump(mode="json"),
+                "student": [type(student).__name__, [[name, list(value.shape)] for name, value in student.state_dict().items()]],
+                "teacher": _identity(given),
+                "data": [_data_identity(part) for part in (train_data, test_data, prepared.validation)],
+            }
         ),
     )
     result = execute(parts, None if run is None else Path(run), style=style, fresh=fresh, resume_from=resume_from)
@@ -294,6 +309,19 @@ def distill(
         student.load_state_dict(result.student.state_dict())
         result.student = student.eval()
     return result
+
+
+def _identity(teacher: Any) -> str:
+    """What tells one teacher from another."""
+    return models.fingerprint(teacher) if isinstance(teacher, nn.Module) else type(teacher).__name__
+
+
+def _data_identity(data: Data | None) -> list[Any]:
+    """What tells one data set from another: its length and labels."""
+    if data is None:
+        return []
+    targets = data.targets
+    return [len(data), None if targets is None else hashlib.sha256(targets.contiguous().numpy().tobytes()).hexdigest()]
 
 
 def _train_config(values: Mapping[str, Any] | None) -> TrainConfig:
@@ -325,7 +353,7 @@ def measure(recipe: Mapping[str, Any], *, seed: int, cache: Path, arm: str, styl
     """
     found = Recipe.parse({**recipe, "name": arm, "seeds": [seed], "compare": {"alone": False}, "evaluate": {"latency": False}})
     runner = Runner(from_recipe(found), None, cache=cache, style=style)
-    with threads(found.threads):
+    with torch_threads(found.threads):
         prepared = runner.parts.data(seed)
         teacher, teacher_logits = runner.teacher(prepared, seed)
         start = runner.student(prepared, seed, teacher)

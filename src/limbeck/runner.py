@@ -29,7 +29,7 @@ from limbeck.ingredients import Ingredients, Prepared, fits, make_method, networ
 from limbeck.recipe import ModelSpec
 from limbeck.report.summary import Curve, Outcome
 from limbeck.teachers import as_teacher
-from limbeck.train import TrainConfig, Trained, Trainer
+from limbeck.train import TrainConfig, Trained, Trainer, parallel
 from limbeck.train.progress import choose
 
 Style = Literal["auto", "plain", "quiet"]
@@ -95,6 +95,8 @@ class Runner:
         if parts.student_spec is not None and parts.student_spec.train is not None:
             self._rehearse(make_method(parts.student_spec.method), copy.deepcopy(student), prepared, seed, parts.student_spec.train, teacher, "student")
         self._rehearse(method, copy.deepcopy(student), prepared, seed, parts.train, teacher, "")
+        if self._has_alone(method, prepared):
+            self._rehearse(make_method(Component(name="supervised")), copy.deepcopy(student), prepared, seed, parts.train, None, "")
 
     def _rehearse(self, method: Method, student: nn.Module, prepared: Prepared, seed: int, config: TrainConfig, teacher: Teacher | None, where: str) -> None:
         """Bind a method and cut its data into batches, without training. Raises InputError."""
@@ -102,10 +104,17 @@ class Runner:
             prepared = self._bind(method, student, prepared, seed, teacher, test=False)
         except InputError as error:
             raise (error.at("method") if error.where.split(".")[0] in type(method.config).model_fields else error) from error
+        if config.sharding == "fsdp2" and len(list(method.phases())) > 1:
+            raise InputError("methods of several phases cannot be sharded.", where=f"{where}.train.sharding".lstrip("."), fix="Use 'none'.")
         try:
             BatchPlan(len(prepared.train), config.batch_size, seed=0, drop_last=config.drop_last)
         except InputError as error:
             raise error.at(f"{where}.train" if where else "train") from error
+
+    def _has_alone(self, method: Method, prepared: Prepared) -> bool:
+        """Whether the student is also trained without a teacher."""
+        labelled = prepared.train.targets is not None
+        return self.parts.compare.alone and type(method).__name__ != "Supervised" and method.produces == "classifier" and labelled
 
     def seed(self, seed: int) -> tuple[dict[str, Outcome], Made, dict[str, Any]]:
         """Train and measure one seed: outcomes by role (teacher, alone, distilled), the distilled student, costs by role."""
@@ -122,7 +131,7 @@ class Runner:
         method = parts.method()
         start = self.student(prepared, seed, teacher)
         alone: Made | None = None
-        if parts.compare.alone and type(method).__name__ != "Supervised" and method.produces == "classifier" and prepared.train.targets is not None:
+        if self._has_alone(method, prepared):
             alone = self._alone(prepared, seed, start, None if place is None else place / "alone")
             outcomes["alone"] = self._outcome(alone, prepared, seed, teacher_logits)
         student = copy.deepcopy(start)
@@ -157,7 +166,8 @@ class Runner:
             for index, (spec, of) in enumerate(zip(parts.teachers, own, strict=True)):
                 where = "teacher" if len(parts.teachers) == 1 else f"teacher.{index}"
                 name = "teacher" if len(parts.teachers) == 1 else f"teacher-{index + 1}"
-                module = network(spec, prepared, seeds.derive(of, "teacher", index), where)
+                place = 0 if spec.seed is not None else index  # a seed of its own makes the same network wherever it stands
+                module = network(spec, prepared, seeds.derive(of, "teacher", place), where)
                 if spec.train is not None:
                     shared = spec.seed is not None
                     base = parts.data(of) if shared else prepared
@@ -180,17 +190,19 @@ class Runner:
         module = self.parts.student(prepared, seeds.derive(of, "student"))
         if spec is None or spec.train is None:
             return module
-        return self._beforehand(spec, module, prepared, of, "student", self._place(seed), teacher=teacher)
+        base = prepared if spec.seed is None else self.parts.data(of)
+        return self._beforehand(spec, module, base, of, "student", self._place(seed), teacher=teacher, run_seed=seed)
 
     def _beforehand(
-        self, spec: ModelSpec, module: nn.Module, prepared: Prepared, seed: int, name: str, folder: Path | None, *, teacher: Teacher | None
+        self, spec: ModelSpec, module: nn.Module, prepared: Prepared, seed: int, name: str, folder: Path | None, *, teacher: Teacher | None, run_seed: int = 0
     ) -> nn.Module:
         assert spec.train is not None
         facts = [spec.model_dump_json(), self.parts.data_key, str(seed), str(self.parts.cpu)]
         if teacher is not None and make_method(spec.method).needs_teacher:
-            facts += [t.model_dump_json() for t in self.parts.teachers]
+            facts += [f"{t.model_dump_json()} {run_seed if t.seed is None else t.seed}" for t in self.parts.teachers]
+        facts += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (s.weights for s in (spec, *self.parts.teachers)) if file is not None]
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
-        place = self.cache / f"{name}-{key}" if self.cache is not None else None if folder is None else folder / name
+        place = self.cache / f"{name.partition('-')[0]}-{key}" if self.cache is not None else None if folder is None else folder / name
         if place is not None and (place / "artefact" / "config.json").exists():
             kept = artefacts.read_config(place / "artefact")
             if kept.extra.get("key") == key:
@@ -205,9 +217,14 @@ class Runner:
     def _alone(self, prepared: Prepared, seed: int, start: nn.Module, folder: Path | None) -> Made:
         """The same student from the same start, on the labels alone, for as many steps and with the same optimiser."""
         config = self.parts.train
-        if config.steps is None and prepared.labelled is not None:
-            steps = (config.epochs or 0) * -(-len(prepared.train) // config.batch_size)
-            config = config.model_copy(update={"epochs": None, "steps": steps})
+        if config.steps is None and (labelled := prepared.labelled) is not None:
+
+            def epoch(samples: int) -> int:
+                return samples // config.batch_size if config.drop_last else -(-samples // config.batch_size)
+
+            whole, part = epoch(len(prepared.train)), max(epoch(len(labelled)), 1)
+            every = config.evaluate_every and max(1, round(config.evaluate_every * whole / part))
+            config = config.model_copy(update={"epochs": None, "steps": (config.epochs or 0) * whole, "evaluate_every": every})
         method = make_method(Component(name="supervised"))
         return self._train(method, copy.deepcopy(start), prepared, seed, config, folder, teacher=None, label=f"alone seed {seed}", test=True)
 
@@ -228,10 +245,14 @@ class Runner:
 
         trainer = Trainer(
             method, prepared.train, config, seed=seed, folder=folder, augment=self.parts.augment, evaluate=evaluate,
-            progress=choose(self.style if rank() == 0 else "quiet"), label=label, resume_from=self.resume_from if test else None,
+            progress=choose(self.style if rank() == 0 else "quiet"), label=label, resume_from=self.resume_from,
             num_classes=prepared.num_classes, cpu=self.parts.cpu,
         )  # fmt: skip
+        plain = copy.deepcopy(student) if trainer.sharded else None
         trained = trainer.fit()
+        if plain is not None:  # what comes out is whole again
+            plain.load_state_dict(parallel.whole_state(student))
+            method.student = plain.to(trainer.device)
         return Made(method.inference().eval(), trained, method)
 
     def _bind(self, method: Method, student: nn.Module, prepared: Prepared, seed: int, teacher: Teacher | None, *, test: bool) -> Prepared:
@@ -350,6 +371,12 @@ def _bytes(made: Any, module: nn.Module) -> int:
 def rank() -> int:
     """This process's number among those that were launched together."""
     return int(os.environ.get("RANK", "0"))
+
+
+def start_processes(*, cpu: bool) -> None:
+    """Join the other processes of a launch, so that barriers hold from here on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parallel.accelerator("no", cpu=cpu)
 
 
 def barrier() -> None:

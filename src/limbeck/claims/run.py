@@ -85,7 +85,7 @@ def run_claim(
                 try:
                     if name in recipes:
                         assert seed is not None  # only studies go without
-                        metrics = execute(recipes[name], seed=seed, cache=folder / "cache", arm=name)
+                        metrics = execute(recipes[name], seed=seed, cache=folder / "cache" / version[:16], arm=name)
                     else:
                         metrics = build(studies[name], {}, "study", **({} if seed is None else {"seed": seed}))
                 except (InputError, Interrupted):

@@ -83,7 +83,7 @@ def latencies(
     values: dict[tuple[str, int], list[float]] = {(name, size): [] for name, size, _, _ in cells}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_threads(threads))
+        stack.enter_context(torch_threads(threads))
         for module in modules.values():
             stack.enter_context(evaluating(module))
         for turn in range(warmup + repeats):
@@ -113,7 +113,8 @@ def _synchronise(device: torch.device) -> None:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Torch's threads within the block (None: as they are)."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

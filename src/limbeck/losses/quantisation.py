@@ -73,8 +73,11 @@ def place(position_N: Tensor, scaled: Scaled) -> Tensor:
 
 
 def uniform_points(levels: int, like: Tensor) -> Tensor:
-    """The positions 0, 1/(s−1), …, 1 of s levels, [s], with the dtype and device of `like`."""
-    return torch.arange(levels, dtype=like.dtype, device=like.device) / (levels - 1)
+    """The positions 0, 1/(s−1), …, 1 of s levels, [s], with the dtype and device of `like`.
+
+    Divided on the CPU: CUDA multiplies by the reciprocal, which differs in the last bit from what `packed.decode` computes.
+    """
+    return (torch.arange(levels, dtype=like.dtype) / (levels - 1)).to(like.device)
 
 
 def uniform_index(u_N: Tensor, levels: int) -> Tensor:

@@ -135,7 +135,18 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(load((path / _WEIGHTS).read_bytes()), state, progress)
 
 
+def forget_later(path: Path) -> None:
+    """Delete the checkpoints after this one: after a rewind they belong to another course of the run."""
+    here = int(path.name.removeprefix("step-"))
+    for step in steps(path.parent):
+        if step > here:
+            shutil.rmtree(path.parent / f"step-{step}", ignore_errors=True)
+
+
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint folder, damaged or not; None if there is none."""
+    for retired in folder.glob(".tmp-old-*"):  # killed between the two renames of `write`
+        if not (folder / f"step-{retired.name.rpartition('-')[2]}").exists():
+            retired.rename(folder / f"step-{retired.name.rpartition('-')[2]}")
     found = steps(folder)
     return folder / f"step-{found[-1]}" if found else None

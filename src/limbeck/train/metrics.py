@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.errors import InputError
+
 
 class MetricBuffer:
     """Scalars of the steps since the last row, still on their device."""
@@ -45,7 +47,11 @@ class MetricBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint in the middle of a row keeps."""
-        return {"values": {name: value.cpu() for name, value in self.stacked().items()}, "steps": self.steps, "ids": self.ids}
+        return {
+            "values": {name: value.cpu() for name, value in self.stacked().items()},
+            "steps": self.steps,
+            "ids": {step: None if ids is None else ids.cpu() for step, ids in self.ids.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Put the scalars back."""
@@ -84,6 +90,8 @@ class MetricFile:
         """Drop what was written after a checkpoint."""
         if self._handle is None or self.path is None:
             return
+        if self.path.stat().st_size < length:
+            raise InputError("the file is shorter than its checkpoint says.", where=str(self.path), fix="Start anew with --fresh.")
         self._handle.truncate(length)
         self._handle.seek(length)
         with self.path.open("rb") as handle:

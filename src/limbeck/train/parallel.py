@@ -48,6 +48,13 @@ def shard(module: nn.Module, device: torch.device, precision: str) -> None:
     fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """The state dict of a sharded module, gathered on every process."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
+
+
 def average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:
     """Replace each gradient by its mean over the processes; one that no process has stays None."""
     if world == 1:

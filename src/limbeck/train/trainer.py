@@ -180,7 +180,7 @@ class Trainer:
         try:
             with self._signals():
                 index, step = self._restore()
-                restored = self.total if index or step else -1
+                restored = self.total if index and not step else -1
                 for player in self.method.players().values():
                     player.module.to(self.device).eval()
                 if step:
@@ -193,6 +193,9 @@ class Trainer:
                     index, step = index + 1, 0
                 if self.folder is not None and self.total != restored:
                     self._save(index, 0, "")
+                (number,) = parallel.agree([self._signal], self.device, self.world)
+                if number:
+                    raise Interrupted(f"stopped by {signal.Signals(number).name}: this training is done; the same command goes on from it.", number)
         finally:
             self.file.close()
             self._mode(training=False)
@@ -237,6 +240,8 @@ class Trainer:
             batches.close()
         self.progress.stop()
         self._mode(training=False)
+        for player in self.method.players().values():  # one that only gathers statistics included
+            parallel.broadcast(player.module, 1 if self.sharded else self.world, parameters=False)
         for seat in self.seats.values():
             if seat.average is not None:
                 seat.player.module.load_state_dict(seat.average.module.state_dict())
@@ -405,11 +410,19 @@ class Trainer:
                 optimisers[name] = seat.optimiser.state_dict()
         for name, player in self.method.players().items():
             weights |= {f"player.{name}.{k}": v for k, v in self._module_state(player.module).items()}
+        bad = [name for name, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+        if any(parallel.agree([bool(bad)], self.device, self.world)):
+            good = checkpoint.latest(self.folder / "checkpoints")
+            raise TrainingError(
+                f"the weights are not finite after step {step} of the phase '{phase}' ({', '.join(bad[:3])}). "
+                f"The last good checkpoint is {good or 'none: it had not been written yet'}."
+            )
+        buffers = parallel.gather(self.buffer.state_dict(), self.world)
         if self.rank == 0:
             state = {
                 "optimisers": optimisers,
                 "method": self.method.state_dict(),
-                "buffer": self.buffer.state_dict(),
+                "buffers": buffers,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
             }
             progress = {
@@ -432,7 +445,8 @@ class Trainer:
     def _restore(self) -> tuple[int, int]:
         """Phase index and step to go on from; (0, 0) with nothing to restore."""
         folder = self.folder / "checkpoints" if self.folder is not None else None
-        path = None if folder is None else (folder / self.resume_from if self.resume_from else checkpoint.latest(folder))
+        asked = folder / self.resume_from if folder is not None and self.resume_from else None
+        path = None if folder is None else asked if asked is not None and asked.is_dir() else checkpoint.latest(folder)
         if path is None:
             if self.file.path is not None:
                 self.file.cut(0)
@@ -461,11 +475,15 @@ class Trainer:
             raise InputError(
                 f"the checkpoint does not fit this recipe: {error}", where=str(path), fix="Was the recipe changed? Give this run another folder."
             ) from error
-        self.buffer.load_state_dict(saved.state["buffer"], self.device)
+        buffers = saved.state["buffers"]
+        self.buffer.load_state_dict(buffers[self.rank if len(buffers) == self.world else 0], self.device)
         if self.accelerator.scaler is not None and saved.state["scaler"]:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
         if self.rank == 0:
             self.file.cut(int(saved.progress["metrics_bytes"]))
+            checkpoint.forget_later(path)
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
         return index, step
 
     def _restore_optimiser(self, seat: _Seat, state: Any) -> None:

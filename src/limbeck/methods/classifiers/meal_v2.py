@@ -77,6 +77,7 @@ class MealV2(Method):
         "https://github.com/szq0214/MEAL-V2",
         "the adversarial mode: the text asks for it, the released script minimises L_D in the student as well",
     )
+    starts_trained = True
     teacher: Teacher
 
     def setup(self) -> None:

@@ -65,6 +65,7 @@ class QuantizedDistillation(Method):
     paper: ClassVar[Paper] = Paper(
         "Model compression via distillation and quantization", "1802.05668", "ICLR 2018", 2018, "https://github.com/antspy/quantized_distillation"
     )
+    starts_trained = True
     needs_teacher = False  # qd and mixed with weight > 0 do, see setup; dq has its own
     teacher: Teacher
 

@@ -127,7 +127,8 @@ class SelfDistillation(Method):
             assert q_VC is not None
             assert labels_V is not None
             assert self.labels_only is not None
-            best = optimal_alpha(self.labels_only, q_VC, F.one_hot(labels_V, q_VC.shape[1]), clip=self.config.clip)
+            known_V = labels_V != IGNORE
+            best = optimal_alpha(self.labels_only[known_V], q_VC[known_V], F.one_hot(labels_V[known_V], q_VC.shape[1]), clip=self.config.clip)
             self.alphas.append(float(best.alpha))
             self.estimates.append({"round": t, "alpha": float(best.alpha), "unclipped": float(best.unclipped), "degenerate": bool(best.degenerate)})
             return
@@ -198,4 +199,4 @@ def _labels(data: Data | None) -> Tensor | None:
 
 
 def _accuracy(outputs_NC: Tensor, labels_N: Tensor) -> float:
-    return float((outputs_NC.argmax(-1) == labels_N).double().mean())
+    return float((outputs_NC.argmax(-1) == labels_N)[labels_N != IGNORE].double().mean())

@@ -112,7 +112,7 @@ class SelfDistilledRidge:
             )  # fmt: skip
             self.alphas = self.schedule.alphas
         else:
-            self.alphas = torch.as_tensor(config.alpha, dtype=torch.float64).reshape(-1)
+            self.alphas = torch.as_tensor(config.alpha, dtype=torch.float64, device=self._Y.device).reshape(-1)
         return self
 
     def predict(self, X: Tensor, rounds: float = math.inf) -> Tensor:

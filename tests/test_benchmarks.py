@@ -1,0 +1,22 @@
+"""The engine's benchmark runs and writes evidence of the agreed shape. Its figures are not looked at: tests do not time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_engine_benchmark_runs_and_writes_its_evidence(tmp_path):
+    output = tmp_path / "bench.json"
+    environment = {k: v for k, v in os.environ.items() if k != "LIMBECK_DATA"} | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(ROOT / "benchmarks" / "engine.py"), "--smoke", "--output", str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert {"checks", "commit", "versions", "machine", "date"} <= found.keys()
+    assert [set(check) for check in found["checks"]] == [{"text", "value", "bound", "holds"}] * 2
+    assert all(check["holds"] == (check["value"] <= check["bound"]) for check in found["checks"])
+    assert found["seconds_a_step"].keys() == {"bare", "limbeck"}
