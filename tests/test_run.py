@@ -386,3 +386,57 @@ def test_copies_of_the_given_modules_are_not_shared():
         limbeck.distill(teacher=perfect(), student=student, data=(TRAIN, TEST), method=Fails(), train=CONFIG)
     assert not differ(student, before)
     assert not differ(copy.deepcopy(student), before)
+
+
+# ---- the run folder: what a review found ----------------------------------------------------------------------------
+
+
+def test_fresh_leaves_a_folder_of_other_things_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="other things than a run"):
+        limbeck.distill(quickstart_recipe(), run=tmp_path, fresh=True)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_run_killed_before_its_recipe_was_written_can_go_on(tmp_path):
+    (tmp_path / "environment.json").write_text("{}")
+    (tmp_path / ".recipe.yaml.1234.tmp").write_text("name: qu")
+    result = limbeck.distill(quickstart_recipe(), run=tmp_path)
+    assert (tmp_path / "recipe.yaml").exists()
+    assert result.report.exists()
+
+
+def test_other_objects_in_the_same_folder_are_refused(tmp_path):
+    common = {"data": (TRAIN, TEST), "train": {"epochs": 1, "batch_size": 50}, "run": tmp_path / "run"}
+    limbeck.distill(teacher=perfect(), student=network(4, 0), **common)
+    with pytest.raises(InputError, match="another recipe"):
+        limbeck.distill(teacher=network(8, 5), student=network(4, 0), **common)
+    with pytest.raises(InputError, match="another recipe"):
+        limbeck.distill(teacher=perfect(), student=network(4, 0), **(common | {"data": (TEST, TEST)}))
+
+
+def test_a_student_whose_results_were_kept_is_returned_after_a_restart(tmp_path):
+    recipe = quickstart_recipe()
+    whole = limbeck.distill(recipe, run=tmp_path)
+    expected = weights(whole.student)
+    (tmp_path / "result.json").unlink()  # killed after the last seed, before the report
+    again = limbeck.distill(recipe, run=tmp_path)
+    assert again.student is not None
+    assert not differ(again.student, expected)
+
+
+def test_one_seed_makes_the_same_teacher_alone_and_in_an_ensemble(tmp_path):
+    several = ensemble()
+    several["teacher"][1]["train"] = several["teacher"][0]["train"]
+    alone = {**several, "teacher": several["teacher"][1]}
+    for name, values in (("several", several), ("alone", alone)):
+        runner = Runner(from_recipe(Recipe.parse(values)), cache=tmp_path / name)
+        runner.teacher(runner.parts.data(0), 0)
+    found = {name: {path.name for path in (tmp_path / name).iterdir()} for name in ("several", "alone")}
+    assert len(found["several"]) == 2
+    assert len(found["alone"]) == 1
+    assert found["alone"] < found["several"]
+
+
+def quickstart_recipe() -> Recipe:
+    return Recipe.parse(quickstart())
