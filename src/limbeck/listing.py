@@ -54,7 +54,7 @@ def print_methods() -> None:
         method = find(name)
         paper = method.paper
         source = f"arXiv {paper.arxiv}, {paper.published}" if paper.arxiv else paper.published
-        table.add_row(name, paper.title + (" (reconstructed)" if paper.reconstructed else ""), source, method.produces, state(name))
+        table.add_row(name, paper.title + (" (partly reconstructed)" if paper.reconstructed else ""), source, method.produces, state(name))
     _console().print(table)
 
 
