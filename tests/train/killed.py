@@ -22,7 +22,7 @@ from limbeck.train import checkpoint as checkpoints
 
 def train(folder: Path, workers: int, pause: float) -> None:
     method = Toy(pause=pause).bind(student=toy_student(), train=toy_data(), num_classes=3, seed=3)
-    config = TrainConfig(epochs=40, batch_size=10, log_every=7, checkpoint_steps=2, keep=1000, workers=workers, optimiser=OptimiserSpec(lr=0.05))
+    config = TrainConfig(epochs=150, batch_size=10, log_every=7, checkpoint_steps=2, keep=1000, workers=workers, optimiser=OptimiserSpec(lr=0.05))
     Trainer(method, toy_data(), config, seed=3, folder=folder, augment=AugmentSpec(noise=0.1, mixup=0.5), num_classes=3).fit()
 
 
@@ -44,13 +44,13 @@ def main() -> None:
                 print(repr(error), flush=True)
                 os._exit(1)
         if done < kills:
-            # the first half second of a child is start-up; each child gets a little further than the one before
-            before = checkpoints.steps(folder / "checkpoints")[-1:] or [0]
-            wait = rng.uniform(0.0, 0.12)
-            deadline = time.monotonic() + 20
-            while (checkpoints.steps(folder / "checkpoints")[-1:] or [0]) == before and time.monotonic() < deadline and os.waitpid(child, os.WNOHANG)[0] == 0:
+            before = checkpoints.steps(folder / "checkpoints")[-1:]
+            deadline = time.monotonic() + 60
+            while checkpoints.steps(folder / "checkpoints")[-1:] == before and time.monotonic() < deadline:  # each child gets a little further
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    sys.exit(f"the training ended after {done} kills")
                 time.sleep(0.001)
-            time.sleep(wait)
+            time.sleep(rng.uniform(0.0, 0.12))
             os.kill(child, signal.SIGKILL)
             done += 1
             in_writing += bool(list((folder / "checkpoints").glob(".tmp-*")))
