@@ -1,7 +1,7 @@
 """The engine against the bare PyTorch loop and against torchdistill, side by side in one run.
 
-ResNet-56 teacher, ResNet-20 student, CIFAR-10 images, batch 128, two threads, no augmentation (the same arithmetic for all):
-Hinton's loss at T = 4 with weight 0.9, SGD with momentum. Each contestant is a process of its own that waits for its turn;
+ResNet-56 teacher, ResNet-20 student, CIFAR-10 images, batch 128, two threads, images that are normalised before the race and not augmented (the same
+arithmetic for all): Hinton's loss at T = 4 with weight 0.9, SGD with momentum. Each contestant is a process of its own that waits for its turn;
 turns are interleaved, in an order that rotates, and every figure is a median over the repetitions.
 
     python benchmarks/engine.py [--reps 9] [--steps 4] [--output docs/evidence/bench_engine.json] [--no-peer] [--smoke]
@@ -30,7 +30,16 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def images(count: int) -> tuple[Any, Any]:
-    """uint8 [count, 3, 32, 32] and labels: CIFAR-10's where LIMBECK_DATA is set, else noise of the same shape."""
+    """Normalised float32 images [count, 3, 32, 32], the same for all contestants, and labels."""
+    import torch
+
+    pixels, labels = _pixels(count)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return (pixels.float() / 255 - mean) / std, labels
+
+
+def _pixels(count: int) -> tuple[Any, Any]:
+    """uint8 images and labels: CIFAR-10's where LIMBECK_DATA is set, else noise of the same shape."""
     import torch
 
     folder = os.environ.get("LIMBECK_DATA")
@@ -100,16 +109,14 @@ def run_bare(steps: int) -> None:
 
     torch.set_num_threads(THREADS)
     teacher, student = networks()
-    pixels, labels = images(BATCH * 16)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    inputs, labels = images(BATCH * 16)
     optimiser = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
     student.train()
     gate = Gate(steps)
     gate.wait()
     while True:
-        for ids in torch.randperm(len(pixels)).split(BATCH):
-            x = (pixels[ids].float() / 255 - mean) / std
-            y = labels[ids]
+        for ids in torch.randperm(len(inputs)).split(BATCH):
+            x, y = inputs[ids], labels[ids]
             with torch.no_grad():
                 t = teacher(x)
             s = student(x)
@@ -133,8 +140,8 @@ def run_limbeck(steps: int) -> None:
 
     torch.set_num_threads(THREADS)
     teacher, student = networks()
-    pixels, labels = images(BATCH * 16)
-    data = ArrayData(pixels, labels, [str(c) for c in range(10)], mean=MEAN, std=STD)
+    inputs, labels = images(BATCH * 16)
+    data = ArrayData(inputs, labels, [str(c) for c in range(10)])
     gate = Gate(steps)
 
     class Gated:

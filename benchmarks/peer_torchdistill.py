@@ -1,7 +1,4 @@
-"""torchdistill's contestant in engine.py: its DistillationBox on the same networks and images, run by its own interpreter.
-
-Its data set hands out images that are normalised already, which saves it work that the others do in every step.
-"""
+"""torchdistill's contestant in engine.py: its DistillationBox on the same networks and images, run by its own interpreter."""
 
 from __future__ import annotations
 
@@ -11,15 +8,13 @@ import torch
 from torch.utils.data import RandomSampler, SequentialSampler, TensorDataset
 from torchdistill.core.distillation import DistillationBox
 
-from engine import BATCH, MEAN, STD, THREADS, Gate, images, networks
+from engine import BATCH, THREADS, Gate, images, networks
 
 
 def main() -> None:
     torch.set_num_threads(THREADS)
     teacher, student = networks()
-    pixels, labels = images(BATCH * 16)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    data = TensorDataset((pixels.float() / 255 - mean) / std, labels)
+    data = TensorDataset(*images(BATCH * 16))
     terms = {"student_module_path": ".", "student_module_io": "output", "teacher_module_path": ".", "teacher_module_io": "output"}
     kd = {"key": "KDLoss", "kwargs": {**terms, "temperature": 4.0, "alpha": 0.1}}
     config = {

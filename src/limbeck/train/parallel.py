@@ -33,6 +33,17 @@ def accelerator(precision: Literal["no", "bf16", "fp16"], *, cpu: bool = False) 
         raise InputError(f"this machine cannot train in {precision}: {error}", where="train.precision", fix="Use 'no' or 'bf16'.") from error
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep freed blocks instead of giving them back to the system after every step, to be faulted in again in the next (glibc only)."""
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+        mallopt(mmap_threshold, 1 << 28)
+        mallopt(trim_threshold, 1 << 30)
+
+
 def shard(module: nn.Module, device: torch.device, precision: str) -> None:
     """Shard a module's parameters over all processes, in place (FSDP2): its larger children one by one, then the rest."""
     from torch.distributed.device_mesh import init_device_mesh

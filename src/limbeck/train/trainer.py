@@ -93,11 +93,14 @@ class Trainer:
         self.rank, self.world = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         self.sharded = config.sharding == "fsdp2" and self.world > 1
         self.seats: dict[str, _Seat] = {}
+        self.restricted = False  # whether a backward must be told where to stop
         self.buffer = MetricBuffer()
         self.total = 0  # batches over all phases
         self.samples = 0
         self._finite: dict[str, float] = {}
         self._signal = 0
+        if self.device.type == "cpu":
+            parallel.keep_freed_memory()
         self._autocast = nullcontext if config.precision == "no" else self.accelerator.autocast
 
     # ---- the step -------------------------------------------------------------------------------------------------
@@ -136,8 +139,7 @@ class Trainer:
         if seat is None:
             raise RuntimeError(f"the method asks for the player '{update.player}', this phase has {sorted(self.seats)}.")
         loss = update.loss if weight == 1.0 else update.loss * weight
-        # FSDP's leaves are not the sharded parameters, so it cannot be told which of them to stop at
-        self.accelerator.backward(loss, **({} if self.sharded else {"inputs": seat.parameters}))
+        self.accelerator.backward(loss, **({"inputs": seat.parameters} if self.restricted else {}))
         self.buffer.add_loss(f"{update.player}/loss", update.loss, step)
         for name, value in update.metrics.items():
             self.buffer.add(f"{update.player}/{name}", value)
@@ -264,7 +266,10 @@ class Trainer:
         self.seats = {}
         for module in self.method.frozen():
             module.to(self.device)
-        for name, player in self.method.players().items():
+        players = self.method.players()
+        # With one player there is nothing else to reach, and a plain backward is 5 % faster. FSDP's leaves are not the sharded parameters.
+        self.restricted = len(players) > 1 and not self.sharded
+        for name, player in players.items():
             player.module.to(self.device)
             if phase.trains is not None and name not in phase.trains:
                 continue
