@@ -1,6 +1,8 @@
 """What README and docs show works: code runs, recipes parse, links lead somewhere, every method has a page."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,11 @@ def test_every_method_has_a_page_a_place_in_the_menu_and_a_row_in_the_readme():
         assert (ROOT / "docs" / "methods" / f"{name}.md").exists()
         assert f"methods/{name}.md" in menu
         assert f"[{name}]" in readme
+
+
+def test_the_readmes_tables_are_those_of_the_evidence():
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "readme_tables.py"), "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, "run tools/readme_tables.py"
 
 
 @pytest.mark.parametrize("model", [Recipe, ModelSpec, DataSpec, AugmentSpec, TrainConfig, OptimiserSpec, ScheduleSpec, EvaluateSpec, CompareSpec])
