@@ -4,7 +4,7 @@ ResNet-56 teacher, ResNet-20 student, CIFAR-10 images, batch 128, two threads, i
 arithmetic for all): Hinton's loss at T = 4 with weight 0.9, SGD with momentum. Each contestant is a process of its own that waits for its turn;
 turns are interleaved, in an order that rotates, and every figure is a median over the repetitions.
 
-    python benchmarks/engine.py [--reps 9] [--steps 4] [--output docs/evidence/bench_engine.json] [--no-peer] [--smoke]
+    python benchmarks/engine.py [--reps 21] [--steps 4] [--output docs/evidence/bench_engine.json] [--no-peer] [--smoke]
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def summary(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reps", type=int, default=9)
+    parser.add_argument("--reps", type=int, default=21)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "evidence" / "bench_engine.json")
     parser.add_argument("--no-peer", action="store_true")
