@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from limbeck import data as datasets
 from limbeck import seeds
-from limbeck.components import Component
 from limbeck.contract import Method, Teacher
 from limbeck.data import BatchPlan
 from limbeck.errors import InputError
@@ -26,6 +25,7 @@ from limbeck.evaluate.classifier import ClassifierMetrics, classifier_metrics
 from limbeck.evaluate.predict import predict
 from limbeck.export import folder as artefacts
 from limbeck.ingredients import Ingredients, Prepared, fits, make_method, network
+from limbeck.methods.classifiers.supervised import Supervised
 from limbeck.recipe import ModelSpec
 from limbeck.report.summary import Curve, Outcome
 from limbeck.teachers import as_teacher
@@ -96,7 +96,7 @@ class Runner:
             self._rehearse(make_method(parts.student_spec.method), copy.deepcopy(student), prepared, seed, parts.student_spec.train, teacher, "student")
         self._rehearse(method, copy.deepcopy(student), prepared, seed, parts.train, teacher, "")
         if self._has_alone(method, prepared):
-            self._rehearse(make_method(Component(name="supervised")), copy.deepcopy(student), prepared, seed, parts.train, None, "")
+            self._rehearse(Supervised(), copy.deepcopy(student), prepared, seed, parts.train, None, "")
 
     def _rehearse(self, method: Method, student: nn.Module, prepared: Prepared, seed: int, config: TrainConfig, teacher: Teacher | None, where: str) -> None:
         """Bind a method and cut its data into batches, without training. Raises InputError."""
@@ -114,7 +114,7 @@ class Runner:
     def _has_alone(self, method: Method, prepared: Prepared) -> bool:
         """Whether the student is also trained without a teacher."""
         labelled = prepared.train.targets is not None
-        return self.parts.compare.alone and type(method).__name__ != "Supervised" and method.produces == "classifier" and labelled
+        return self.parts.compare.alone and not isinstance(method, Supervised) and method.produces == "classifier" and labelled
 
     def seed(self, seed: int) -> tuple[dict[str, Outcome], Made, dict[str, Any]]:
         """Train and measure one seed: outcomes by role (teacher, alone, distilled), the distilled student, costs by role."""
@@ -225,7 +225,7 @@ class Runner:
             whole, part = epoch(len(prepared.train)), max(epoch(len(labelled)), 1)
             every = config.evaluate_every and max(1, round(config.evaluate_every * whole / part))
             config = config.model_copy(update={"epochs": None, "steps": (config.epochs or 0) * whole, "evaluate_every": every})
-        method = make_method(Component(name="supervised"))
+        method = Supervised()
         return self._train(method, copy.deepcopy(start), prepared, seed, config, folder, teacher=None, label=f"alone seed {seed}", test=True)
 
     # -- training, measuring, keeping
