@@ -20,3 +20,19 @@ def test_the_engine_benchmark_runs_and_writes_its_evidence(tmp_path):
     assert [set(check) for check in found["checks"]] == [{"text", "value", "bound", "holds"}] * 2
     assert all(check["holds"] == (check["value"] <= check["bound"]) for check in found["checks"])
     assert found["seconds_a_step"].keys() == {"bare", "limbeck"}
+
+
+def test_the_records_benchmark_runs_and_writes_its_evidence(tmp_path):
+    output = tmp_path / "bench.json"
+    environment = {k: v for k, v in os.environ.items() if k != "LIMBECK_DATA"} | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(ROOT / "benchmarks" / "records.py"), "--smoke", "--output", str(output)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert {"checks", "codecs", "pieces_us", "commit", "versions", "machine", "date"} <= found.keys()
+    assert [set(check) for check in found["checks"]] == [{"text", "value", "bound", "holds"}] * 3
+    assert all(check["holds"] == (check["value"] <= check["bound"]) for check in found["checks"])
+    assert found["seconds_a_step"].keys() == {"labels", "full", "topk"}
+    assert found["seconds_a_recording"].keys() == {"forward", "recording"}
+    assert {(row["classes"], row["codec"]) for row in found["codecs"]} == {(c, n) for c in (10, 100) for n in ("full", "half", "log8", "topk", "topk8")}
+    assert all(row["kl_mean"] == 0 for row in found["codecs"] if row["codec"] == "full")

@@ -1,4 +1,4 @@
-"""Rewrites the tables in README.md from docs/evidence: methods with verdicts, the engine's benchmark. `--check` only compares."""
+"""Rewrites the tables in README.md from docs/evidence: methods with verdicts, the benchmarks of engine and records. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def methods_table() -> str:
     return "\n".join(rows)
 
 
-def bench_table() -> str:
-    """A row a check of the engine's benchmark."""
-    path = ROOT / "docs" / "evidence" / "bench_engine.json"
+def bench_table(name: str) -> str:
+    """A row a check of a benchmark: engine, records."""
+    path = ROOT / "docs" / "evidence" / f"bench_{name}.json"
     if not path.exists():
         return "not measured yet"
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -38,7 +38,7 @@ def bench_table() -> str:
 
 def filled(text: str) -> str:
     """The README with its marked blocks filled in."""
-    for mark, table in (("claims", methods_table()), ("bench", bench_table())):
+    for mark, table in (("claims", methods_table()), ("bench", bench_table("engine")), ("records", bench_table("records"))):
         text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, t=table: f"{m.group(1)}{t}\n{m.group(2)}", text, flags=re.DOTALL)
     return text
 
