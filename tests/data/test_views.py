@@ -134,6 +134,10 @@ def test_the_last_passes_show_one_view_each() -> None:
     assert [len(plan.ids(step)[1]) for step in (0, 11, 12, 17)] == [2, 2, 8, 8]
     assert [plan.views_at(step) for step in (11, 12)] == [4, 1]
     assert [plan.epoch(step) for step in (0, 11, 12, 14, 15, 17)] == [0, 0, 1, 1, 2, 2]
+    assert plan.smallest == 2
+    wide = BatchPlan(25, 8, seed=5, views=4)
+    wide.end_single(1, 20)
+    assert wide.smallest == 1  # 25 = 3 · 8 + 1
     last = torch.cat([plan.ids(step)[1] for step in (12, 13, 14)])
     assert sorted(last.tolist()) == list(range(24))
 

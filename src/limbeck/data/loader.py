@@ -86,8 +86,8 @@ class BatchPlan:
     @property
     def smallest(self) -> int:
         """Samples in the smallest batch."""
-        size = self.batch_size // self.views
-        return size if self.drop_last else len(self.indices) - (self.steps_per_epoch - 1) * size
+        sizes = {self.batch_size // self.views} | (set() if self.switch is None else {self.batch_size})
+        return min(size if self.drop_last else len(self.indices) - (self._passes(size) - 1) * size for size in sizes)
 
 
 def stream(
