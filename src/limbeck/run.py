@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import data as datasets
-from limbeck import files, models
+from limbeck import files, models, recording
 from limbeck.components import Component
 from limbeck.contract import Data, Method
 from limbeck.data import AugmentSpec
@@ -260,6 +260,7 @@ def distill(
         found = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
         folder = Path(run) if run is not None else Path("runs") / found.name
         with torch_threads(found.threads):
+            recording.ensure(found, style)
             return execute(from_recipe(found), folder, style=style, fresh=fresh, resume_from=resume_from)
     if student is None or data is None:
         raise InputError("distill needs a recipe, or at least student= and data=(train, test).")
@@ -354,6 +355,7 @@ def measure(recipe: Mapping[str, Any], *, seed: int, cache: Path, arm: str, styl
     found = Recipe.parse({**recipe, "name": arm, "seeds": [seed], "compare": {"alone": False}, "evaluate": {"latency": False}})
     runner = Runner(from_recipe(found), None, cache=cache, style=style)
     with torch_threads(found.threads):
+        recording.ensure(found, style)
         prepared = runner.parts.data(seed)
         teacher, teacher_logits = runner.teacher(prepared, seed)
         start = runner.student(prepared, seed, teacher)
