@@ -134,9 +134,15 @@ def temporary_files_in(folder: Path):
 
 def fast(method: str, folder: Path) -> Sequence[str]:
     """Settings that make the recipe of `limbeck new` tiny."""
-    settings = ["seeds=[0]", "data.train_size=150", "data.test_size=60", "data.validation=40", "train.epochs=1", "evaluate.latency_repeats=3"]
+    settings = ["seeds=[0]", "data.test_size=60", "train.epochs=1", "evaluate.latency_repeats=3"]
     text = (folder / f"{method}.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
-    settings += ["teacher.train.epochs=1", "teacher.model.widths=[4]"] if "teacher" in values else []
+    if "record" in values.get("teacher", {}):  # what is recorded must hold what is trained on
+        recorded = folder / f"{method}_record.yaml"
+        recorded.write_text(recorded.read_text(encoding="utf-8").replace("epochs: 20", "epochs: 1").replace("[32, 64, 128]", "[4]"), encoding="utf-8")
+    else:
+        settings += ["data.train_size=150", "data.validation=40"]
+        settings += ["teacher.train.epochs=1", "teacher.model.widths=[4]"] if "teacher" in values else []
+    settings += {"robust_active": ["data.labelled=60", "method.budget=10"]}.get(method, [])
     settings += ["student.train.epochs=1"] if "train" in values["student"] else []
     return [part for setting in settings for part in ("--set", setting)]

@@ -80,7 +80,7 @@ def test_new_writes_a_commented_recipe(name, tmp_path, monkeypatch):
     recipe = Recipe.read(tmp_path / f"{name}.yaml")
     method = listing.find(name)
     assert recipe.method.name == recipe.name == name
-    assert bool(recipe.teacher) == (name in ("kd", "meal_v2", "quantized_distillation"))
+    assert bool(recipe.teacher) == (method.needs_teacher or name in ("quantized_distillation", "data_pruning"))
     assert (recipe.student.train is not None) == method.starts_trained
     for knob in method.Config.model_fields:
         assert re.search(rf"^  # {knob}: ", text, re.MULTILINE)

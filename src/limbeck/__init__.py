@@ -10,6 +10,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "distill": "limbeck.run:distill",
     "Result": "limbeck.run:Result",
+    "record": "limbeck.recording:record",
+    "Record": "limbeck.records:Record",
+    "RecordRecipe": "limbeck.recipe:RecordRecipe",
     "Recipe": "limbeck.recipe:Recipe",
     "load": "limbeck.export:load",
     "methods": "limbeck.methods",

@@ -45,6 +45,26 @@ def distill(
 
 
 @app.command()
+def record(
+    recipe: Annotated[Path, typer.Argument(help="A YAML record recipe.")],
+    settings: Settings = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder or URL of the record (default: records/NAME).")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Check every file of a finished record against its checksum.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a teacher once and keep its answers. A recording that was cut short goes on where it stood."""
+    from limbeck.recipe import RecordRecipe
+    from limbeck.recording import record as run_recipe
+    from limbeck.report.console import show_record
+
+    made = run_recipe(RecordRecipe.read(recipe, settings or []), output=output, style="quiet" if quiet else "auto")
+    if check:
+        made.verify()
+    if _first_process():
+        show_record(made.summary(), Console())
+
+
+@app.command()
 def evaluate(
     run: RunFolder,
     settings: Settings = None,

@@ -81,20 +81,39 @@ class Batch:
     """One batch as a method sees it.
 
     inputs: [B, ...] floats (normalised, augmented); targets: [B] int64 (IGNORE where unlabelled), [B, C] soft, or None;
-    ids: [B] int64 positions in the training set.
+    ids: [B] int64 positions in the training set; views: [B] int64, which view of each sample (None without `data.views`);
+    recorded: what a record holds for these samples and views: "logits" [B, T, C], "features/TAP" [B, ...], "scores/NAME" [B]; empty without a record.
     """
 
     inputs: Tensor
     targets: Tensor | None = None
     ids: Tensor | None = None
+    views: Tensor | None = None
+    recorded: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
-        moved = (None if t is None else t.to(device, non_blocking=non_blocking) for t in (self.inputs, self.targets, self.ids))
-        return Batch(*moved)  # type: ignore[arg-type]
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        recorded = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.recorded.items()}
+        return Batch(self.inputs.to(device, non_blocking=non_blocking), moved(self.targets), moved(self.ids), moved(self.views), recorded)
+
+    def cut(self, parts: int) -> list[Batch]:
+        """Near-equal parts, views of this batch; empty ones are left out."""
+        if parts == 1:
+            return [self]
+
+        def pieces(tensor: Tensor | None) -> list[Tensor | None]:
+            return [None] * parts if tensor is None else list(tensor.tensor_split(parts))
+
+        recorded = {name: tensor.tensor_split(parts) for name, tensor in self.recorded.items()}
+        cut = zip(self.inputs.tensor_split(parts), pieces(self.targets), pieces(self.ids), pieces(self.views), strict=True)
+        return [Batch(*piece, {name: t[i] for name, t in recorded.items()}) for i, piece in enumerate(cut) if len(piece[0])]
 
 
 @runtime_checkable
@@ -159,7 +178,10 @@ class Phase:
     """A stretch of training with its own data, length and optimisers.
 
     epochs or steps: its length; both None: the recipe's. indices: which training samples ([M] int64), None: all.
-    optimisers: overrides by player. `trains`: names of the players that take part, None: all.
+    optimisers: overrides by player; rate: what every player's learning rate is multiplied by. `trains`: names of the players that take part, None: all.
+    With `data.views`: views_per_sample n views of a sample stand side by side in a batch, which then holds batch_size // n samples, and an epoch is a pass
+    over the samples; over the phase's last `single_last` passes of one view each a batch holds batch_size samples with one view; usable [N, V] bool says
+    which views may be drawn (None: all).
     """
 
     name: str = "train"
@@ -168,6 +190,10 @@ class Phase:
     indices: Tensor | None = None
     optimisers: Mapping[str, OptimiserSpec] = field(default_factory=dict)
     trains: Sequence[str] | None = None
+    rate: float = 1.0
+    views_per_sample: int = 1
+    single_last: int = 0
+    usable: Tensor | None = None
 
 
 @dataclass
@@ -250,6 +276,10 @@ class Method(ABC):
     needs_labels: ClassVar[bool] = False
     starts_trained: ClassVar[bool] = False
     """Whether the method expects a student that was trained before."""
+    needs_record: ClassVar[bool] = False
+    """Whether the method learns from a recorded teacher alone, over views of kind "boxes"."""
+    needs_unlabelled: ClassVar[bool] = False
+    """Whether the method expects training samples without a label, to choose among."""
 
     def __init__(self, config: Frozen | None = None, /, **knobs: Any) -> None:
         self.config: Any = config if config is not None else validated(self.Config, knobs)
@@ -264,6 +294,7 @@ class Method(ABC):
         validation: Data | None = None,
         test: Data | None = None,
         num_classes: int | None = None,
+        pool: Tensor | None = None,
         seed: int = 0,
     ) -> Self:
         """Give the method what it works on; returns itself.
@@ -273,12 +304,13 @@ class Method(ABC):
             fresh_student: builds the student anew from a seed, for methods that train several rounds.
             train, validation, test: the data sets; test is only ever reported on, validation may choose knobs.
             num_classes: width of the logits. seed: of the run.
+            pool: [M] int64, positions in `train` of the extra, unlabelled inputs of `data.pool`; None: there are none.
         """
         if self.needs_teacher and teacher is None:
             raise InputError(f"the method '{type(self).__name__}' needs a teacher.", where="teacher", fix="Add a 'teacher:' section to the recipe.")
         self.student, self.teacher = student, teacher
         self.fresh_student, self.train_data, self.validation, self.test = fresh_student, train, validation, test
-        self.num_classes, self.seed = num_classes, seed
+        self.num_classes, self.pool, self.seed = num_classes, pool, seed
         self.setup()
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -15,12 +15,14 @@ from limbeck import data as datasets
 from limbeck import methods, models
 from limbeck.components import Component, build, resolve
 from limbeck.contract import IGNORE, Data, Method, Teacher
-from limbeck.data import AugmentSpec
+from limbeck.data import AugmentSpec, ViewSpec
 from limbeck.environment import available_memory
 from limbeck.errors import InputError
 from limbeck.evaluate import cost
 from limbeck.models.weights import load_weights
 from limbeck.recipe import CompareSpec, DataSpec, EvaluateSpec, ModelSpec, Recipe, TeacherSpec
+from limbeck.records import Record, check_identity
+from limbeck.teachers.recorded import RecordTeacher
 from limbeck.train import TrainConfig
 
 
@@ -33,6 +35,8 @@ class Prepared:
     validation: Data | None
     num_classes: int
     input_shape: tuple[int, ...]
+    pool: Tensor | None = None
+    """Positions in `train` of the extra, unlabelled inputs of `data.pool`."""
 
     @property
     def labelled(self) -> Tensor | None:
@@ -63,21 +67,30 @@ class Ingredients:
     data_key: str
     recipe: str = ""
     cpu: bool = False
+    views: ViewSpec | None = None
+    record: Callable[[Prepared], RecordTeacher] | None = None
+    """Opens the recorded teacher, where the recipe has one."""
+    teacher_data: Callable[[DataSpec, int], Prepared] = field(default=lambda spec, seed: prepare(spec, seed))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _splits(source_json: str) -> Any:
     return build(Component.model_validate_json(source_json), datasets.CATALOGUE, "data set")
 
 
+def _source(component: Component, where: str) -> Any:
+    try:
+        splits = _splits(component.model_dump_json())
+    except InputError as error:
+        raise error.at(where) from error
+    if not isinstance(splits, datasets.Splits):
+        raise InputError("the data source must return limbeck.data.Splits(train, test).", where=where)
+    return splits
+
+
 def prepare(spec: DataSpec, seed: int) -> Prepared:
     """The data of a recipe for one seed. Raises InputError with the field that is wrong."""
-    try:
-        splits = _splits(spec.source.model_dump_json())
-    except InputError as error:
-        raise error.at("data.source") from error
-    if not isinstance(splits, datasets.Splits):
-        raise InputError("the data source must return limbeck.data.Splits(train, test).", where="data.source")
+    splits = _source(spec.source, "data.source")
     train, test, validation = splits.train, splits.test, None
     if spec.train_size is not None:
         with _field("data.train_size"):
@@ -94,7 +107,15 @@ def prepare(spec: DataSpec, seed: int) -> Prepared:
     if spec.labelled is not None:
         with _field("data.labelled"):
             train = datasets.hide_labels(train, spec.labelled, seed=seed)
-    return Prepared(train, test, validation, splits.num_classes, tuple(splits.input_shape))
+    pool = None
+    if spec.pool:
+        own, extra = len(train), [_source(component, f"data.pool.{number}").train for number, component in enumerate(spec.pool)]
+        try:
+            train = datasets.Joined(train, *extra)
+        except InputError as error:
+            raise error.at("data.pool") from error
+        pool = torch.arange(own, len(train))
+    return Prepared(train, test, validation, splits.num_classes, tuple(splits.input_shape), pool)
 
 
 @contextmanager
@@ -154,6 +175,9 @@ def _fits_memory(component: Component, prepared: Prepared) -> None:
 
 def from_recipe(recipe: Recipe) -> Ingredients:
     """Ingredients of a recipe; nothing is loaded yet."""
+    recorded, views = recipe.recorded, recipe.data.views
+    if recorded is not None and views is None:
+        views = ViewSpec(count=1)
     return Ingredients(
         name=recipe.name,
         seeds=recipe.seeds,
@@ -161,7 +185,7 @@ def from_recipe(recipe: Recipe) -> Ingredients:
         data=lambda seed: prepare(recipe.data, seed),
         student=lambda prepared, seed: network(recipe.student, prepared, seed, "student"),
         fresh=lambda prepared, seed: network(recipe.student, prepared, seed, "student"),
-        teachers=recipe.teacher,
+        teachers=() if recorded is not None else recipe.teacher,
         given_teacher=None,
         train=recipe.train,
         augment=recipe.data.augment,
@@ -171,7 +195,57 @@ def from_recipe(recipe: Recipe) -> Ingredients:
         data_key=recipe.data.model_dump_json(),
         recipe=recipe.to_yaml(),
         cpu=recipe.device == "cpu",
+        views=views,
+        record=None if recorded is None else lambda prepared: open_teacher(recorded, recipe.data, prepared),
     )
+
+
+def data_identity(prepared: Prepared, *, test: bool) -> dict[str, Any]:
+    """What tells one record's data from another's, labels aside."""
+    found: dict[str, Any] = {"fingerprint": datasets.inputs_fingerprint(prepared.train)}
+    return found | {"test": datasets.inputs_fingerprint(prepared.test)} if test else found
+
+
+def open_teacher(spec: TeacherSpec, data: DataSpec, prepared: Prepared) -> RecordTeacher:
+    """The recorded teacher of a recipe.
+
+    Raises:
+        InputError: it is no finished record, or was made of other data, other views or another teacher; `where` is the field.
+    """
+    assert spec.record is not None
+    try:
+        record = Record.open(spec.record)
+    except InputError as error:
+        raise InputError(error.what, where=f"teacher.record ({spec.record})", fix=error.fix) from error
+    known = str(record.identity["teacher"]["fingerprint"])
+    if spec.fingerprint is not None and not known.startswith(spec.fingerprint):
+        raise InputError(
+            f"the record is of the teacher {known[:12]}…, the recipe expects {spec.fingerprint}.",
+            where="teacher.fingerprint",
+            fix="Name the right record, or leave the fingerprint out.",
+        )
+    return replay(record, data.views, data.augment, prepared)
+
+
+def replay(record: Record, views: ViewSpec | None, augment: AugmentSpec, prepared: Prepared) -> RecordTeacher:
+    """A record as the teacher of these data in these views (None: one plain look).
+
+    Raises:
+        InputError: it was made of other data or other views; `where` is the field.
+    """
+    shown, identity, part = views or ViewSpec(count=1), record.identity, record.parts["train"]
+    wanted = {"data": data_identity(prepared, test=False), "views": shown.policy(augment)}
+    check_identity({"data": {"fingerprint": identity["data"]["fingerprint"]}, "views": identity["views"]}, wanted)
+    if shown.count > part.views or (views is None and part.views > 1):
+        raise InputError(
+            f"the record has {part.views} views of each sample, the recipe {'names none' if views is None else f'asks for {shown.count}'}.",
+            where="data.views.count",
+            fix=f"Say data.views.count: {part.views}, or record more.",
+        )
+    classes = int(part.fields["logits"].shape[-1])
+    if classes != prepared.num_classes:
+        raise InputError(f"the record has {classes} classes, the data have {prepared.num_classes}.", where="teacher.record")
+    return RecordTeacher(record, prepared.train)
 
 
 def fits(module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:

@@ -127,8 +127,8 @@ data:
   source: {{name: digits}}      # digits, fashion_mnist, cifar10, cifar100, image_folder, huggingface, tensors
   validation: 200              # held out of the training data, for methods that choose knobs by it
   # train_size: 1000           # a class-balanced subset
-  # labelled: 100              # only so many training samples keep their label
-  augment: {{crop: 1}}           # crop (padding), flip, cutout (size), noise (sd), mixup, cutmix (alpha)
+{labelled}
+{looks}
 
 train:
   epochs: 20
@@ -152,6 +152,30 @@ teacher:                       # one, or a list (an ensemble)
     batch_size: 64
     optimiser: {name: sgd, lr: 0.05, momentum: 0.9, weight_decay: 0.0005, schedule: {name: cosine}}
 
+"""
+
+_RECORDED = """
+teacher:                       # off the disk; the recipe in `make` records it where there is no record yet
+  record: records/{name}
+  make: {make}
+
+"""
+
+_LABELLED = "  labelled: 100                # only so many training samples keep their label{why}"
+_AUGMENT = "  augment: {crop: 1}           # crop (padding), flip, cutout (size), noise (sd), mixup, cutmix (alpha)"
+_VIEWS = "  views: {kind: boxes, count: 8, scale: [0.5, 1.0]}  # random resized crops of each sample, the same in the record"
+
+_RECORD = """\
+# The teacher behind {file}: run once over every view, kept on disk.
+# Run it:   limbeck record {make}
+name: {name}
+{teacher}data:
+  source: {{name: digits}}
+  validation: 200
+{views}
+
+record:
+  codec: {{name: topk, k: 5}}    # full, half, log8, topk, topk8
 """
 
 _PRETRAIN = """\
@@ -179,15 +203,25 @@ def write_recipe(name: str, output: Path | None) -> Path:
         setting = f"  # {knob}: {default}"
         lines.append(f"{setting:31} # {' '.join(meaning.split())}" if meaning else setting)
     paper = method.paper
+    made = path.with_name(f"{path.stem}_record.yaml")
+    if method.needs_record and made.exists():
+        raise InputError("the file exists already.", where=str(made), fix="Give another name with --output.")
+    has_teacher = method.needs_teacher or "teacher" in vars(method).get("__annotations__", {})  # in some modes it needs one
+    teacher = _RECORDED.format(name=name, make=made) if method.needs_record else _TEACHER if has_teacher else ""
+    labelled = _LABELLED.format(why="; the others are chosen among" if method.needs_unlabelled else "")
     text = _TEMPLATE.format(
         title=paper.title,
         source=f"arXiv {paper.arxiv}, {paper.published}" if paper.arxiv else paper.published,
         file=path,
         name=name,
         knobs="\n".join(lines),
-        teacher=_TEACHER if method.needs_teacher or "teacher" in vars(method).get("__annotations__", {}) else "",  # in some modes it needs one
+        teacher=teacher,
+        labelled=labelled if method.needs_unlabelled else labelled.replace("  labelled", "  # labelled").replace("100   ", "100 "),
+        looks=_VIEWS if method.needs_record else _AUGMENT,
         pretrain=_PRETRAIN if method.starts_trained else "",
     )
+    if method.needs_record:
+        files.write_atomic(made, _RECORD.format(file=path, make=made, name=name, teacher=_TEACHER, views=_VIEWS))
     files.write_atomic(path, text)
     return path
 

@@ -14,33 +14,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from limbeck.components import Component
 from limbeck.contract import Frozen, input_error
 from limbeck.data.augment import AugmentSpec
+from limbeck.data.views import ViewSpec
 from limbeck.errors import InputError
 from limbeck.train.config import TrainConfig
 
 _MAX_BYTES = 4 * 2**20  # of a recipe
 _MAX_FIELDS = 100_000  # of a recipe, what aliases repeat counted each time
-
-
-class ModelSpec(Frozen):
-    """A network: how it is built, where its weights come from, and how it is trained here first, if it is."""
-
-    model: Component
-    weights: str | None = Field(None, description="a safetensors or torch file with its state dict")
-    train: TrainConfig | None = Field(None, description="train it first, on the labels unless `method` says otherwise")
-    method: Component = Field(Component(name="supervised"), description="the method of that first training")
-    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = Field(None, description="of its weights and first training; null: the run's, anew for every seed")
-
-    @model_validator(mode="after")
-    def _own_teacher(self) -> Self:
-        if self.train is None and self.method != Component(name="supervised"):
-            raise ValueError("'method' says how the network is trained first: it needs 'train'.")
-        return self
-
-
-class TeacherSpec(ModelSpec):
-    """A teacher: by default one for all seeds."""
-
-    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = 0
 
 
 class DataSpec(Frozen):
@@ -53,6 +32,56 @@ class DataSpec(Frozen):
     labelled: int | None = Field(None, ge=1, description="training samples that keep their label (drawn anew for every seed)")
     label_noise: float = Field(0.0, ge=0, le=1, description="fraction of training labels replaced by a wrong one (drawn anew for every seed)")
     augment: AugmentSpec = AugmentSpec()
+    views: ViewSpec | None = Field(None, description="a fixed set of looks at every sample, which a record can answer for; null: a new look every epoch")
+    pool: tuple[Component, ...] = Field((), description="sources whose training inputs come behind the data, unlabelled")
+
+    @model_validator(mode="after")
+    def _views_fit(self) -> Self:
+        if self.views is not None:
+            try:
+                self.views.check(self.augment)
+            except InputError as error:
+                raise ValueError(f"{error.what} {error.fix}") from error
+        return self
+
+
+class ModelSpec(Frozen):
+    """A network: how it is built, where its weights come from, and how it is trained here first, if it is."""
+
+    model: Component
+    weights: str | None = Field(None, description="a safetensors or torch file with its state dict")
+    train: TrainConfig | None = Field(None, description="train it first, on the labels unless `method` says otherwise")
+    data: DataSpec | None = Field(None, description="what it is trained on first; null: the run's data")
+    method: Component = Field(Component(name="supervised"), description="the method of that first training")
+    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = Field(None, description="of its weights and first training; null: the run's, anew for every seed")
+
+    @model_validator(mode="after")
+    def _own_teacher(self) -> Self:
+        if self.train is None and self.method != Component(name="supervised"):
+            raise ValueError("'method' says how the network is trained first: it needs 'train'.")
+        if self.train is None and self.data is not None:
+            raise ValueError("'data' says what the network is trained on first: it needs 'train'.")
+        return self
+
+
+class TeacherSpec(ModelSpec):
+    """A teacher: a network, by default one for all seeds, or a record of one."""
+
+    model: Component | None = None  # type: ignore[assignment]
+    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = 0
+    record: str | None = Field(None, description="instead of a model: the folder (or URL) of a record that `limbeck record` made")
+    make: str | None = Field(None, description="the record recipe that is run first where there is no finished record yet")
+    fingerprint: str | None = Field(None, description="of the teacher that the record must be of (or its beginning); null: any")
+
+    @model_validator(mode="after")
+    def _network_or_record(self) -> Self:
+        if (self.model is None) == (self.record is None):
+            raise ValueError("a teacher is a network or a record: give 'model' or 'record', one of them.")
+        if self.record is not None and (self.weights is not None or self.train is not None):
+            raise ValueError("a recorded teacher has neither 'weights' nor 'train': it is not loaded.")
+        if self.record is None and (self.make is not None or self.fingerprint is not None):
+            raise ValueError("'make' and 'fingerprint' belong to a 'record'.")
+        return self
 
 
 class EvaluateSpec(Frozen):
@@ -69,26 +98,14 @@ class CompareSpec(Frozen):
     alone: bool = Field(True, description="the same student trained on the labels alone, for as many steps")
 
 
-class Recipe(Frozen):
-    """Everything that decides a run's result."""
+class Written(Frozen):
+    """What recipes share: a name, teachers and data, and how they are read from YAML."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="of the run folder")
-    method: Component
-    student: ModelSpec
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="of the folder")
     teacher: tuple[TeacherSpec, ...] = Field((), description="one, or a list: an ensemble")
     data: DataSpec
-    train: TrainConfig
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = Field((0,), min_length=1, max_length=1000)
-    evaluate: EvaluateSpec = EvaluateSpec()
-    compare: CompareSpec = CompareSpec()
     threads: int | None = Field(None, ge=1, le=4096, description="torch threads; null: torch's own choice")
     device: Literal["auto", "cpu"] = "auto"
-
-    @model_validator(mode="after")
-    def _distinct_seeds(self) -> Self:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("'seeds' holds a seed twice.")
-        return self
 
     @field_validator("teacher", mode="before")
     @classmethod
@@ -96,7 +113,7 @@ class Recipe(Frozen):
         return () if value is None else [value] if isinstance(value, Mapping | TeacherSpec) else value
 
     @classmethod
-    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML recipe; overrides are `field.path=value`, the value in YAML.
 
         Raises:
@@ -108,7 +125,7 @@ class Recipe(Frozen):
         return cls.parse(override(values, overrides), lambda place: f"{path}:{line_of(lines, place) or 1}")
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any], locate: Any = None) -> Recipe:
+    def parse(cls, values: Mapping[str, Any], locate: Any = None) -> Self:
         """Build a recipe from plain values. `locate` turns a field path into a place in a file.
 
         Raises:
@@ -129,6 +146,56 @@ class Recipe(Frozen):
     def to_yaml(self) -> str:
         """The resolved recipe, as YAML that `read` takes."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=140)
+
+
+class Recipe(Written):
+    """Everything that decides a run's result."""
+
+    method: Component
+    student: ModelSpec
+    train: TrainConfig
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = Field((0,), min_length=1, max_length=1000)
+    evaluate: EvaluateSpec = EvaluateSpec()
+    compare: CompareSpec = CompareSpec()
+
+    @model_validator(mode="after")
+    def _distinct_seeds(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("'seeds' holds a seed twice.")
+        if any(teacher.record is not None for teacher in self.teacher) and len(self.teacher) > 1:
+            raise ValueError("a recorded teacher stands alone: record an ensemble as one.")
+        return self
+
+    @property
+    def recorded(self) -> TeacherSpec | None:
+        """The recorded teacher, where there is one."""
+        return next((teacher for teacher in self.teacher if teacher.record is not None), None)
+
+
+class RecordSpec(Frozen):
+    """What is kept of a teacher's answers."""
+
+    codec: Component = Field(Component(name="full"), description="how logits are stored: full, half, log8, topk, topk8")
+    members: bool = Field(False, description="keep every member of an ensemble, not the mean of their probabilities alone")
+    features: tuple[str, ...] = Field((), description="modules whose outputs are kept too, as float16 (of one network)")
+    scores: tuple[str, ...] = Field((), description="per-sample scores that are kept too: confidence, margin, entropy, el2n, loss")
+    test: bool = Field(True, description="record the test data too, plain, so that reports can compare with the teacher")
+    shard_rows: int = Field(65_536, ge=1, le=10**8, description="rows a file")
+    batch_size: int = Field(256, ge=1, le=1_000_000, description="samples a forward pass; it may change the last bits")
+    tokenizer: str | None = Field(None, description="fingerprint of the tokenizer that made the inputs; null: there is none")
+
+
+class RecordRecipe(Written):
+    """Everything that decides a record."""
+
+    record: RecordSpec = RecordSpec()
+    seed: int = Field(0, ge=0, lt=2**62, description="of what the data section draws, and of teachers with seed null")
+
+    @model_validator(mode="after")
+    def _a_network(self) -> Self:
+        if not self.teacher or any(teacher.record is not None for teacher in self.teacher):
+            raise ValueError("a record is made of a network's answers: give 'teacher' a 'model'.")
+        return self
 
 
 def read_text(path: Path) -> str:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import data as datasets
-from limbeck import files, models
+from limbeck import files, models, recording
 from limbeck.components import Component
 from limbeck.contract import Data, Method
-from limbeck.data import AugmentSpec
+from limbeck.data import AugmentSpec, ViewSpec
 from limbeck.environment import describe
 from limbeck.errors import InputError
 from limbeck.evaluate.classifier import classifier_metrics
@@ -33,8 +33,9 @@ from limbeck.evaluate.cost import torch_threads
 from limbeck.evaluate.predict import predict
 from limbeck.evaluate.statistics import Latency
 from limbeck.export import folder as artefacts
-from limbeck.ingredients import Ingredients, Prepared, fits, from_recipe, make_method, prepare
+from limbeck.ingredients import Ingredients, Prepared, fits, from_recipe, make_method, prepare, replay
 from limbeck.recipe import CompareSpec, EvaluateSpec, Recipe
+from limbeck.records import Record
 from limbeck.report import html
 from limbeck.report.summary import Arm, Outcome, RunSummary
 from limbeck.runner import Made, Runner, Style, barrier, rank, start_processes
@@ -230,6 +231,7 @@ def distill(
     method: Method | None = None,
     train: TrainConfig | Mapping[str, Any] | None = None,
     augment: AugmentSpec | None = None,
+    views: ViewSpec | None = None,
     validation: Any = None,
     seed: int = 0,
     alone: bool = False,
@@ -242,12 +244,13 @@ def distill(
 
     Args:
         recipe: a Recipe or the path of one; then nothing but run, style, fresh and resume_from is given.
-        teacher: an nn.Module, a list of them (an ensemble), or anything with `logits(batch)`; None for methods without one.
+        teacher: an nn.Module, a list of them (an ensemble), a `limbeck.Record`, or anything with `logits(batch)`; None for methods without one.
         student: the module to train; it is trained in place and returned as `Result.student`.
         data: (train, test), each a torch Dataset of (input, label) pairs, a pair of tensors, or a limbeck data set.
         method: such as `limbeck.methods.KD(temperature=4)`; the default is KD.
         train: a TrainConfig or its fields; the default is 10 epochs of SGD.
-        augment, validation, seed: see TrainConfig and Method.bind. alone: also train a copy of the student without a teacher.
+        views: the looks at every sample, as the record has them. augment, validation, seed: see TrainConfig and Method.bind.
+        alone: also train a copy of the student without a teacher.
         run: the run's folder; None: runs/NAME for a recipe, nothing written for objects.
 
     Returns:
@@ -260,6 +263,7 @@ def distill(
         found = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
         folder = Path(run) if run is not None else Path("runs") / found.name
         with torch_threads(found.threads):
+            recording.ensure(found, style)
             return execute(from_recipe(found), folder, style=style, fresh=fresh, resume_from=resume_from)
     if student is None or data is None:
         raise InputError("distill needs a recipe, or at least student= and data=(train, test).")
@@ -274,7 +278,8 @@ def distill(
     prepared = Prepared(
         train_data, test_data, None if validation is None else datasets.as_data(validation), classes, tuple(example.shape[1:])
     )  # fmt: skip
-    given = None if teacher is None else as_teacher(teacher)
+    recorded = teacher if isinstance(teacher, Record) else None
+    given = None if teacher is None or recorded is not None else as_teacher(teacher)
     parts = Ingredients(
         name=Path(run).name if run is not None else type(chosen).__name__,
         seeds=(seed,),
@@ -289,6 +294,8 @@ def distill(
         evaluate=EvaluateSpec(latency=run is not None),
         compare=CompareSpec(alone=alone),
         student_spec=None,
+        views=views or (None if recorded is None else ViewSpec(count=1)),
+        record=None if recorded is None else lambda of: replay(recorded, views, augment or AugmentSpec(), of),
         data_key="objects",
         recipe=json.dumps(
             {
@@ -299,7 +306,8 @@ def distill(
                 "alone": alone,
                 "augment": (augment or AugmentSpec()).model_dump(mode="json"),
                 "student": [type(student).__name__, [[name, list(value.shape)] for name, value in student.state_dict().items()]],
-                "teacher": _identity(given),
+                "views": None if views is None else views.model_dump(mode="json"),
+                "teacher": _identity(given) if recorded is None else recorded.identity["teacher"],
                 "data": [_data_identity(part) for part in (train_data, test_data, prepared.validation)],
             }
         ),
@@ -354,6 +362,7 @@ def measure(recipe: Mapping[str, Any], *, seed: int, cache: Path, arm: str, styl
     found = Recipe.parse({**recipe, "name": arm, "seeds": [seed], "compare": {"alone": False}, "evaluate": {"latency": False}})
     runner = Runner(from_recipe(found), None, cache=cache, style=style)
     with torch_threads(found.threads):
+        recording.ensure(found, style)
         prepared = runner.parts.data(seed)
         teacher, teacher_logits = runner.teacher(prepared, seed)
         start = runner.student(prepared, seed, teacher)

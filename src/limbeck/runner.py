@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from limbeck import data as datasets
 from limbeck import seeds
 from limbeck.contract import Method, Teacher
-from limbeck.data import BatchPlan
+from limbeck.data import AugmentSpec, BatchPlan, Views
 from limbeck.errors import InputError
 from limbeck.evaluate import cost
 from limbeck.evaluate.classifier import ClassifierMetrics, classifier_metrics
@@ -29,6 +29,7 @@ from limbeck.methods.classifiers.supervised import Supervised
 from limbeck.recipe import ModelSpec
 from limbeck.report.summary import Curve, Outcome
 from limbeck.teachers import as_teacher
+from limbeck.teachers.recorded import RecordTeacher
 from limbeck.train import TrainConfig, Trained, Trainer, parallel
 from limbeck.train.progress import choose
 
@@ -64,7 +65,7 @@ class Runner:
     def _check(self) -> None:
         parts, seed = self.parts, self.parts.seeds[0]
         method = parts.method()
-        if method.needs_teacher and not parts.teachers and parts.given_teacher is None:
+        if method.needs_teacher and not parts.teachers and parts.given_teacher is None and parts.record is None:
             raise InputError(f"the method '{type(method).__name__}' needs a teacher.", where="teacher", fix="Add a 'teacher:' section.")
         prepared = parts.data(seed)
         if method.needs_labels and prepared.train.targets is None:
@@ -74,9 +75,13 @@ class Runner:
         ids = torch.arange(min(2, len(prepared.train)))
         raw, targets = prepared.train.fetch(ids)
         try:
-            datasets.augment(raw, targets, ids, spec=parts.augment, seed=seed, epoch=0, num_classes=prepared.num_classes)
+            if parts.views is not None:
+                shown = Views(parts.views, parts.augment, prepared.train)
+                shown.batch(ids, shown.draw(ids, count=1, seed=seed, epoch=0))
+            else:
+                datasets.augment(raw, targets, ids, spec=parts.augment, seed=seed, epoch=0, num_classes=prepared.num_classes)
         except InputError as error:
-            raise error.at("data.augment") from error
+            raise (error if error.where.startswith("data.") else error.at("data.augment")) from error
         example = prepared.train.prepare(raw)
         student = parts.student(prepared, seed)
         fits(student, example, prepared, "student")
@@ -90,8 +95,11 @@ class Runner:
             members.append(network(spec, prepared, 0, where))
             fits(members[-1], example, prepared, where)
             if spec.train is not None:
-                self._rehearse(make_method(spec.method), members[-1], prepared, seed, spec.train, None, where)
+                base = prepared if spec.data is None else self._other_data(spec, prepared, seed, where)
+                self._rehearse(make_method(spec.method), members[-1], base, seed, spec.train, None, where)
         teacher = parts.given_teacher if parts.given_teacher is not None else as_teacher(members) if members else None
+        if parts.record is not None:
+            teacher = parts.record(prepared)
         if parts.student_spec is not None and parts.student_spec.train is not None:
             self._rehearse(make_method(parts.student_spec.method), copy.deepcopy(student), prepared, seed, parts.student_spec.train, teacher, "student")
         self._rehearse(method, copy.deepcopy(student), prepared, seed, parts.train, teacher, "")
@@ -152,6 +160,9 @@ class Runner:
     def teacher(self, prepared: Prepared, seed: int) -> tuple[Teacher | None, Tensor | None]:
         """The teacher of a seed and its logits on the test data; trained once where it does not depend on the seed."""
         parts = self.parts
+        if parts.record is not None:
+            recorded = parts.record(prepared)
+            return recorded, recorded.test_logits(prepared.test)
         if parts.given_teacher is None and not parts.teachers:
             return None, None
         if parts.given_teacher is not None:
@@ -170,12 +181,27 @@ class Runner:
                 module = network(spec, prepared, seeds.derive(of, "teacher", place), where)
                 if spec.train is not None:
                     shared = spec.seed is not None
-                    base = parts.data(of) if shared else prepared
+                    base = self._other_data(spec, prepared, of, where) if spec.data is not None else parts.data(of) if shared else prepared
                     module = self._beforehand(spec, module, base, of, name, self.folder if shared else self._place(seed), teacher=None)
                 members.append(module)
             teacher = as_teacher(members[0] if len(members) == 1 else members)
             self._teachers = {key: (teacher, self._teacher_logits(teacher, prepared))}
         return self._teachers[key]
+
+    def _other_data(self, spec: ModelSpec, prepared: Prepared, seed: int, where: str) -> Prepared:
+        """The data that a network is trained on beforehand, where they are not the run's. Raises InputError where the two do not fit."""
+        assert spec.data is not None
+        try:
+            found = self.parts.teacher_data(spec.data, seed)
+        except InputError as error:
+            raise error.at(where) from error
+        if found.num_classes != prepared.num_classes or found.input_shape != prepared.input_shape:
+            raise InputError(
+                f"its data have {found.num_classes} classes and inputs of shape {list(found.input_shape)}, the run's {prepared.num_classes} and "
+                f"{list(prepared.input_shape)}.",
+                where=f"{where}.data",
+            )
+        return found
 
     def _teacher_logits(self, teacher: Teacher, prepared: Prepared) -> Tensor | None:
         from limbeck.contract import Batch
@@ -191,13 +217,16 @@ class Runner:
         if spec is None or spec.train is None:
             return module
         base = prepared if spec.seed is None else self.parts.data(of)
+        if spec.data is not None:
+            base = self._other_data(spec, prepared, of, "student")
         return self._beforehand(spec, module, base, of, "student", self._place(seed), teacher=teacher, run_seed=seed)
 
     def _beforehand(
         self, spec: ModelSpec, module: nn.Module, prepared: Prepared, seed: int, name: str, folder: Path | None, *, teacher: Teacher | None, run_seed: int = 0
     ) -> nn.Module:
         assert spec.train is not None
-        facts = [spec.model_dump_json(), self.parts.data_key, str(seed), str(self.parts.cpu)]
+        data_key = self.parts.data_key if spec.data is None else spec.data.model_dump_json()
+        facts = [spec.model_dump_json(), data_key, str(seed), str(self.parts.cpu)]
         if teacher is not None and make_method(spec.method).needs_teacher:
             facts += [f"{t.model_dump_json()} {run_seed if t.seed is None else t.seed}" for t in self.parts.teachers]
         facts += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (s.weights for s in (spec, *self.parts.teachers)) if file is not None]
@@ -208,7 +237,8 @@ class Runner:
             if kept.extra.get("key") == key:
                 return artefacts.load(place / "artefact", model=module)
         method = make_method(spec.method)
-        made = self._train(method, module, prepared, seed, spec.train, place, teacher=teacher, label=f"{name} seed {seed}", test=False)
+        augment = self.parts.augment if spec.data is None else spec.data.augment
+        made = self._train(method, module, prepared, seed, spec.train, place, teacher=teacher, label=f"{name} seed {seed}", test=False, augment=augment)
         if place is not None and rank() == 0:
             self._keep(made, prepared, place / "artefact", None, spec=spec, key=key)
         barrier()
@@ -232,9 +262,15 @@ class Runner:
 
     def _train(
         self, method: Method, student: nn.Module, prepared: Prepared, seed: int, config: TrainConfig, folder: Path | None,
-        *, teacher: Teacher | None, label: str, test: bool,
+        *, teacher: Teacher | None, label: str, test: bool, augment: AugmentSpec | None = None,
     ) -> Made:  # fmt: skip
         prepared = self._bind(method, student, prepared, seed, teacher, test=test)
+        views = None
+        recorded = method.teacher if isinstance(method.teacher, RecordTeacher) else None
+        if self.parts.views is not None and (
+            augment is None or recorded is not None
+        ):  # a network trained beforehand does not depend on how many views there are
+            views = Views(self.parts.views, self.parts.augment, prepared.train, recorded)
         curve_data = prepared.validation or prepared.test
 
         def evaluate(current: Method) -> dict[str, float]:
@@ -244,7 +280,7 @@ class Runner:
             return {"accuracy": found.accuracy} | ({} if found.nll is None else {"nll": found.nll})
 
         trainer = Trainer(
-            method, prepared.train, config, seed=seed, folder=folder, augment=self.parts.augment, evaluate=evaluate,
+            method, prepared.train, config, seed=seed, folder=folder, augment=augment or self.parts.augment, evaluate=evaluate, views=views,
             progress=choose(self.style if rank() == 0 else "quiet"), label=label, resume_from=self.resume_from,
             num_classes=prepared.num_classes, cpu=self.parts.cpu,
         )  # fmt: skip
@@ -258,7 +294,9 @@ class Runner:
     def _bind(self, method: Method, student: nn.Module, prepared: Prepared, seed: int, teacher: Teacher | None, *, test: bool) -> Prepared:
         """Bind a method; returns the data that it trains on: of partly labelled ones the labelled, where it needs labels."""
         if method.needs_labels and (labelled := prepared.labelled) is not None:
-            prepared = replace(prepared, train=datasets.subset(prepared.train, labelled))
+            prepared = replace(prepared, train=datasets.subset(prepared.train, labelled), pool=None)
+        if isinstance(teacher, RecordTeacher):
+            teacher = teacher.attach(prepared.train)
         method.bind(
             student=student,
             teacher=teacher,
@@ -267,6 +305,7 @@ class Runner:
             validation=prepared.validation,
             test=prepared.test if test else None,
             num_classes=prepared.num_classes,
+            pool=prepared.pool,
             seed=seed,
         )
         return prepared
@@ -299,6 +338,8 @@ class Runner:
             measured = cost.latencies(modules, example, repeats=self.parts.evaluate.latency_repeats)
             for role in modules:
                 costs[role]["latencies"] = list(measured[role])
+        if isinstance(recorded := made["teacher"], RecordTeacher):  # as it was when it was recorded
+            costs["teacher"] = {key: recorded.record.about.get(key) for key in ("parameters", "macs", "bytes")}
         return costs
 
     def _keep(self, made: Made, prepared: Prepared, folder: Path, outcome: Outcome | None, *, spec: ModelSpec | None = None, key: str = "") -> None:

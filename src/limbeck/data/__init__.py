@@ -5,7 +5,21 @@ from __future__ import annotations
 from limbeck.data.arrays import ArrayData
 from limbeck.data.augment import AugmentSpec, augment, crop, cutmix, cutout, flip, mixup
 from limbeck.data.loader import BatchPlan, evaluation_batches, stream
-from limbeck.data.splits import Splits, View, corrupt_labels, hide_labels, hold_out, stratified_subset, subset, with_targets
+from limbeck.data.splits import (
+    Joined,
+    Splits,
+    View,
+    corrupt_labels,
+    hide_labels,
+    hold_out,
+    inputs_fingerprint,
+    origins,
+    root,
+    stratified_subset,
+    subset,
+    with_targets,
+)
+from limbeck.data.views import Views, ViewSpec, draw_boxes, resized_crop
 from limbeck.data.wrapped import WrappedData, as_data
 
 CATALOGUE = {
@@ -24,8 +38,11 @@ __all__ = [
     "ArrayData",
     "AugmentSpec",
     "BatchPlan",
+    "Joined",
     "Splits",
     "View",
+    "ViewSpec",
+    "Views",
     "WrappedData",
     "as_data",
     "augment",
@@ -33,11 +50,16 @@ __all__ = [
     "crop",
     "cutmix",
     "cutout",
+    "draw_boxes",
     "evaluation_batches",
     "flip",
     "hide_labels",
     "hold_out",
+    "inputs_fingerprint",
     "mixup",
+    "origins",
+    "resized_crop",
+    "root",
     "stratified_subset",
     "stream",
     "subset",

@@ -50,6 +50,10 @@ class ArrayData:
         if largest >= len(self.classes):
             raise InputError(f"a target is {largest}, and there are {len(self.classes)} classes.", where="targets", fix="Targets count from 0.")
         self.mean, self.std = tuple(mean), tuple(std)
+        self.root: ArrayData = self
+        """The data set that this one is a subset of, or itself."""
+        self.origins = torch.arange(len(inputs))
+        """[N] int64: each sample's place in `root`."""
         self._scale, self._shift = self._affine()
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
@@ -93,11 +97,22 @@ class ArrayData:
     def subset(self, indices_M: Tensor) -> ArrayData:
         """The samples at `indices_M` ([M] int64), in that order."""
         targets = None if self._targets is None else self._targets.index_select(0, indices_M)
-        return ArrayData(self.inputs.index_select(0, indices_M), targets, self.classes, mean=self.mean, std=self.std)
+        found = ArrayData(self.inputs.index_select(0, indices_M), targets, self.classes, mean=self.mean, std=self.std)
+        found.root, found.origins = self.root, self.origins.index_select(0, indices_M)
+        return found
 
     def with_targets(self, targets_N: Tensor | None) -> ArrayData:
         """The same inputs (shared, not copied) with other targets."""
-        return ArrayData(self.inputs, targets_N, self.classes, mean=self.mean, std=self.std)
+        found = ArrayData(self.inputs, targets_N, self.classes, mean=self.mean, std=self.std)
+        found.root, found.origins = self.root, self.origins
+        return found
+
+    @cached_property
+    def inputs_fingerprint(self) -> str:
+        """SHA-256 (hex) over inputs and normalisation: what a network sees, whatever the labels."""
+        digest = hashlib.sha256(repr((self.inputs.dtype, tuple(self.inputs.shape), self.mean, self.std)).encode())
+        digest.update(self.inputs.contiguous().numpy().data)
+        return digest.hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from multiprocessing.util import get_temp_dir
 from typing import Any
 
@@ -20,6 +21,7 @@ from limbeck import seeds
 from limbeck.contract import Batch, Data
 from limbeck.data.augment import AugmentSpec, blend, mates, soft_targets, transform
 from limbeck.data.augment import augment as augmented
+from limbeck.data.views import Views
 from limbeck.errors import InputError
 
 
@@ -29,33 +31,63 @@ class BatchPlan:
     Args:
         samples: how many there are (ids 0 to samples - 1), or their ids ([M] int64). batch_size: samples a step, over all processes.
         seed: of the order, and of the augmentation. shuffle: a new order each epoch. drop_last: leave out an epoch's incomplete last batch.
+        views: of each sample that stand side by side in a batch (of batch_size // views samples then).
 
     Raises:
-        InputError: no samples, a batch size below 1, or one above the number of samples with `drop_last`.
+        InputError: no samples, a batch size below 1 or no multiple of `views`, or one above the number of samples with `drop_last`.
     """
 
-    def __init__(self, samples: int | Tensor, batch_size: int, seed: int, *, shuffle: bool = True, drop_last: bool = False) -> None:
+    def __init__(self, samples: int | Tensor, batch_size: int, seed: int, *, shuffle: bool = True, drop_last: bool = False, views: int = 1) -> None:
         self.indices = torch.arange(samples) if isinstance(samples, int) else samples
-        self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, shuffle, drop_last
+        self.batch_size, self.seed, self.shuffle, self.drop_last, self.views = batch_size, seed, shuffle, drop_last, views
         count = len(self.indices)
         if batch_size < 1 or count < 1:
             raise InputError(f"cannot cut {count} samples into batches of {batch_size}.", where="batch_size")
-        if drop_last and batch_size > count:
-            raise InputError(f"a batch of {batch_size} is more than the {count} samples there are.", where="batch_size", fix=f"Use at most {count}.")
-        self.steps_per_epoch = count // batch_size if drop_last else -(-count // batch_size)
+        if batch_size % views:
+            raise InputError(f"a batch of {batch_size} cannot hold {views} views of each sample.", where="batch_size", fix=f"Use a multiple of {views}.")
+        if drop_last and batch_size // views > count:
+            fix = f"Use at most {count * views}."
+            raise InputError(f"a batch of {batch_size // views} is more than the {count} samples there are.", where="batch_size", fix=fix)
+        self.steps_per_epoch = self._passes(batch_size // views)
+        self.switch: int | None = None
         self._order: tuple[int, Tensor] = (-1, self.indices)
 
+    def end_single(self, passes: int, stop: int) -> None:
+        """Over the last `passes` passes before step `stop`, batches hold batch_size samples with one view each."""
+        self.switch = max(stop - passes * self._passes(self.batch_size), 0)
+
+    def _passes(self, batch: int) -> int:
+        count = len(self.indices)
+        return max(count // batch, 1) if self.drop_last else -(-count // batch)
+
+    def views_at(self, step: int) -> int:
+        """Views of each sample in the batch of a step."""
+        return self.views if self.switch is None or step < self.switch else 1
+
+    def epoch(self, step: int) -> int:
+        """Passes over the samples that were begun before a step's (from 0)."""
+        return self._place(step)[0]
+
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """Epoch, batch within it, samples a batch."""
+        if self.switch is None or step < self.switch:
+            return *divmod(step, self.steps_per_epoch), self.batch_size // self.views
+        before = -(-self.switch // self.steps_per_epoch)
+        epoch, place = divmod(step - self.switch, self._passes(self.batch_size))
+        return before + epoch, place, self.batch_size
+
     def ids(self, step: int) -> tuple[int, Tensor]:
-        """The epoch of a step (both from 0) and the ids of its global batch, [B] int64."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        """The epoch of a step (both from 0) and the ids of its global batch, [B] int64 (each once, however many views of it there are)."""
+        epoch, place, size = self._place(step)
         if self.shuffle and self._order[0] != epoch:
             self._order = epoch, self.indices[torch.randperm(len(self.indices), generator=seeds.generator(self.seed, "order", epoch))]
-        return epoch, self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return epoch, self._order[1][place * size : (place + 1) * size]
 
     @property
     def smallest(self) -> int:
-        """Size of the smallest batch."""
-        return self.batch_size if self.drop_last else len(self.indices) - (self.steps_per_epoch - 1) * self.batch_size
+        """Samples in the smallest batch."""
+        size = self.batch_size // self.views
+        return size if self.drop_last else len(self.indices) - (self.steps_per_epoch - 1) * size
 
 
 def stream(
@@ -70,6 +102,8 @@ def stream(
     world: int = 1,
     micro: int = 1,
     workers: int = 0,
+    views: Views | None = None,
+    usable: Tensor | None = None,
 ) -> Generator[list[Batch], None, None]:
     """This process's share of every step from `start` to `stop` (not included), prepared and augmented, as micro-batches.
 
@@ -80,6 +114,7 @@ def stream(
 
     Args:
         num_classes: width of soft targets. workers: processes that prepare batches ahead; 0: none.
+        views: shows its views in place of `data` and `augment`. usable: [N, V] bool, which of them; None: all.
 
     Raises:
         InputError: at once, where the shortest batch cannot give every process its micro-batches; later, what `data.fetch` finds.
@@ -92,9 +127,9 @@ def stream(
             where="batch_size",
             fix="Drop the last incomplete batch, or choose another batch size.",
         )
-    shares = _Shares(data, plan, augment, num_classes, rank, world)
+    shares = _Shares(data, plan, augment, num_classes, rank, world, views, usable)
     raw = _worked(shares, start, stop, workers) if workers and stop > start else map(shares.share, range(start, stop))
-    return (_cut(Batch(data.prepare(share.inputs), share.targets, share.ids), micro) for share in raw)
+    return (replace(share, inputs=data.prepare(share.inputs)).cut(micro) for share in raw)
 
 
 def evaluation_batches(data: Data, batch_size: int, indices: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
@@ -107,9 +142,11 @@ def evaluation_batches(data: Data, batch_size: int, indices: Tensor | None = Non
 class _Shares(Dataset[Batch | InputError]):
     """Step → this process's share, augmented but still raw (uint8 is cheap to hand over); indexed by workers, who return an InputError as a value."""
 
-    def __init__(self, data: Data, plan: BatchPlan, spec: AugmentSpec | None, num_classes: int, rank: int, world: int) -> None:
+    def __init__(
+        self, data: Data, plan: BatchPlan, spec: AugmentSpec | None, num_classes: int, rank: int, world: int, views: Views | None, usable: Tensor | None
+    ) -> None:
         self.data, self.plan, self.spec, self.num_classes = data, plan, spec, num_classes
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.views, self.usable = rank, world, views, usable
 
     def __getitem__(self, step: int) -> Batch | InputError:
         try:
@@ -120,6 +157,9 @@ class _Shares(Dataset[Batch | InputError]):
     def share(self, step: int) -> Batch:
         epoch, all_ids = self.plan.ids(step)
         ids_B = all_ids if self.world == 1 else all_ids[self.rank :: self.world]
+        if self.views is not None:
+            count = self.plan.views_at(step)
+            return self.views.batch(ids_B, self.views.draw(ids_B, count=count, seed=self.plan.seed, epoch=epoch, usable=self.usable))
         if self.spec is not None and self.spec.mixes and self.world > 1:
             raw, targets = self._mixed_share(self.spec, epoch, all_ids, ids_B)
         else:
@@ -137,14 +177,6 @@ class _Shares(Dataset[Batch | InputError]):
         soft = None if targets is None else soft_targets(targets, self.num_classes)
         ours, theirs = (None, None) if soft is None else (soft[:own], soft[own:])
         return blend(raw[:own], raw[own:], ours, theirs, ids_B, spec=spec, seed=seed, epoch=epoch)
-
-
-def _cut(batch: Batch, parts: int) -> list[Batch]:
-    """Near-equal parts of a batch, views of it; empty ones are left out."""
-    if parts == 1:
-        return [batch]
-    cut = ([None] * parts if t is None else t.tensor_split(parts) for t in (batch.inputs, batch.targets, batch.ids))
-    return [Batch(inputs, targets, ids) for inputs, targets, ids in zip(*cut, strict=True) if len(inputs)]
 
 
 def _worked(shares: _Shares, start: int, stop: int, workers: int) -> Iterator[Batch]:

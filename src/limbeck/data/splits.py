@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,83 @@ class View:
     def prepare(self, raw: Tensor) -> Tensor:
         """As the data set looked at prepares."""
         return self.data.prepare(raw)
+
+
+class Joined:
+    """A data set with the inputs of others behind it, unlabelled (a `contract.Data`): what `data.pool` makes.
+
+    Args:
+        first: comes first, with its targets, classes and normalisation. others: their inputs are taken, their targets are not.
+
+    Raises:
+        InputError: the raw inputs differ in shape or type.
+    """
+
+    def __init__(self, first: Data, *others: Data) -> None:
+        self.parts, self.classes = (first, *others), first.classes
+        self.starts = torch.tensor([0, *(len(part) for part in self.parts)]).cumsum(0)
+        own = first.targets
+        self._targets = None if own is None else torch.cat((own, own.new_full((int(self.starts[-1]) - len(own),), IGNORE)))
+        probes = [part.fetch(torch.zeros(1, dtype=torch.int64))[0] for part in self.parts]
+        for number, probe in enumerate(probes[1:]):
+            if probe.shape != probes[0].shape or probe.dtype != probes[0].dtype:
+                raise InputError(
+                    f"its inputs are {list(probe.shape[1:])} {probe.dtype}, the data's {list(probes[0].shape[1:])} {probes[0].dtype}.", where=str(number)
+                )
+
+    @property
+    def targets(self) -> Tensor | None:
+        """[N] int64: the first part's, IGNORE for the others; None where the first has none."""
+        return self._targets
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def fetch(self, ids_B: Tensor, *, seed: int = 0, epoch: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Raw inputs [B, ...] and targets [B], out of the parts."""
+        part_B = torch.searchsorted(self.starts[1:], ids_B, right=True)
+        found, places = [], []
+        for number in part_B.unique().tolist():
+            where = (part_B == number).nonzero()[:, 0]
+            found.append(self.parts[number].fetch(ids_B[where] - self.starts[number], seed=seed, epoch=epoch)[0])
+            places.append(where)
+        targets = self.targets
+        return torch.cat(found)[torch.cat(places).argsort()], None if targets is None else targets.index_select(0, ids_B)
+
+    def prepare(self, raw: Tensor) -> Tensor:
+        """As the first part prepares."""
+        return self.parts[0].prepare(raw)
+
+    def preprocessing(self) -> dict[str, object]:
+        """As the first part says, for artefacts."""
+        found = getattr(self.parts[0], "preprocessing", None)
+        return found() if callable(found) else {}
+
+
+def origins(data: Data) -> Tensor:
+    """[N] int64: each sample's place in the whole data set that `data` was cut out of (`root`)."""
+    if isinstance(data, View):
+        return origins(data.data).index_select(0, data.indices)
+    return data.origins if isinstance(data, ArrayData) else torch.arange(len(data))
+
+
+def root(data: Data) -> Data:
+    """The whole data set that `data` was cut out of, through subsets and replaced targets."""
+    return root(data.data) if isinstance(data, View) else data.root if isinstance(data, ArrayData) else data
+
+
+def inputs_fingerprint(data: Data) -> str:
+    """SHA-256 (hex) of the inputs that a network sees, of the whole data set, whatever the labels.
+
+    Of data in memory, all inputs and the normalisation are read; of anything else, the length and 64 samples spread evenly, prepared.
+    """
+    whole = root(data)
+    if isinstance(whole, ArrayData):
+        return whole.inputs_fingerprint
+    probe, _ = whole.fetch(torch.linspace(0, len(whole) - 1, min(64, len(whole)), dtype=torch.float64).to(torch.int64))
+    digest = hashlib.sha256(repr((len(whole), tuple(probe.shape))).encode())
+    digest.update(whole.prepare(probe).contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def subset(data: Data, indices_M: Tensor) -> Data:

@@ -17,6 +17,10 @@ BUILT_IN = {
     "self_distillation": "limbeck.methods.classifiers.self_distillation:SelfDistillation",
     "weight_align": "limbeck.methods.classifiers.weight_align:WeightAlign",
     "quantized_distillation": "limbeck.methods.classifiers.quantized_distillation:QuantizedDistillation",
+    "ferkd": "limbeck.methods.classifiers.ferkd:FerKD",
+    "ssld": "limbeck.methods.classifiers.ssld:SSLD",
+    "data_pruning": "limbeck.methods.classifiers.data_pruning:DataPruning",
+    "robust_active": "limbeck.methods.classifiers.robust_active:RobustActive",
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from limbeck.report.summary import RunSummary
 from limbeck.report.tables import first_batch_size
@@ -55,6 +56,22 @@ def show(summary: RunSummary, console: Console) -> None:
         console.print(table(summary))
     else:
         console.print(plain(summary), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_record(summary: Mapping[str, Any], console: Console) -> None:
+    """Print what a record holds: rows, bytes a row against raw float32 logits, and the codec's measured error."""
+    for name, part in summary["parts"].items():
+        logits = part["fields"]["logits"]
+        members, classes = logits["shape"]
+        error = part["errors"].get("logits", {})
+        lost = error.get("kl_mean") is None
+        said = "KL error infinite: classes are dropped" if lost else f"KL error {error['kl_mean']:.2g} nats (mean), {error['kl_max']:.2g} (largest)"
+        console.print(
+            f"{name}: {part['samples']:,} samples × {part['views']:,} views = {part['rows']:,} rows, codec {logits['codec']['name']}, "
+            f"{part['bytes_per_row']:.1f} bytes a row ({4 * members * classes} as float32 logits), {said}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    console.print(f"record: {summary['url']} ({size(summary['bytes'])})", markup=False, highlight=False, soft_wrap=True)
 
 
 def _gain(summary: RunSummary) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from limbeck import seeds
 from limbeck.contract import Batch, Clock, Data, Method, OptimiserSpec, Phase, Player, Update
-from limbeck.data import AugmentSpec, BatchPlan, evaluation_batches, stream
+from limbeck.data import AugmentSpec, BatchPlan, Views, evaluation_batches, stream
 from limbeck.errors import InputError, Interrupted, TrainingError
 from limbeck.train import checkpoint, parallel
 from limbeck.train.config import TrainConfig
@@ -66,6 +66,7 @@ class Trainer:
         evaluate: called every `evaluate_every` epochs, for the learning curve.
         resume_from: name of a checkpoint (`step-40`); None: the newest.
         num_classes: width of soft labels that augmentation makes.
+        views: what batches show in place of `data` and `augment`; None: the data.
         cpu: stay on the CPU even where there is an accelerator.
     """
 
@@ -83,11 +84,12 @@ class Trainer:
         label: str = "train",
         resume_from: str | None = None,
         num_classes: int = 0,
+        views: Views | None = None,
         cpu: bool = False,
     ) -> None:
         self.method, self.data, self.config, self.seed, self.folder = method, data, config, seed, folder
         self.augment, self.evaluate, self.progress, self.label = augment, evaluate, progress or Silent(), label
-        self.resume_from, self.num_classes = resume_from, num_classes
+        self.resume_from, self.num_classes, self.views = resume_from, num_classes, views
         self.accelerator = parallel.accelerator(config.precision, cpu=cpu)
         self.device: torch.device = self.accelerator.device
         self.rank, self.world = int(self.accelerator.process_index), int(self.accelerator.num_processes)
@@ -213,21 +215,23 @@ class Trainer:
             self._seat(phase)
         plan = self._plan(phase, index)
         clock.steps = self._length(phase, plan)
+        if phase.single_last:
+            plan.end_single(phase.single_last, clock.steps)
         config = self.config
         self.progress.start(f"{self.label}" if phase.name == "train" else f"{self.label} {phase.name}", clock.steps, start)
         batches = stream(
             self.data, plan, augment=self.augment, start=start, stop=clock.steps, rank=self.rank, world=self.world,
-            micro=config.accumulate, workers=config.workers, num_classes=self.num_classes,
+            micro=config.accumulate, workers=config.workers, num_classes=self.num_classes, views=self.views, usable=phase.usable,
         )  # fmt: skip
         per_epoch = plan.steps_per_epoch
         try:
             for step, micros in zip(range(start, clock.steps), batches, strict=True):
-                clock.step, clock.epoch = step, step // per_epoch
+                clock.step, clock.epoch = step, plan.epoch(step)
                 for seat in self.seats.values():
                     set_rate(seat.optimiser, seat.spec, step, clock.steps)
                 if self.device.type != "cpu":
                     micros = [batch.to(self.device) for batch in micros]
-                size = sum(len(batch) for batch in micros) if self.world == 1 else len(plan.ids(step)[1])
+                size = sum(len(batch) for batch in micros) if self.world == 1 else len(plan.ids(step)[1]) * plan.views_at(step)
                 self.buffer.ids[step] = micros[0].ids if len(micros) == 1 else _join(micros)
                 self._step(micros, clock, size)
                 self.total += 1
@@ -252,7 +256,10 @@ class Trainer:
 
     def _plan(self, phase: Phase, index: int) -> BatchPlan:
         samples = len(self.data) if phase.indices is None else phase.indices
-        return BatchPlan(samples, self.config.batch_size, seed=seeds.derive(self.seed, "order", index), drop_last=self.config.drop_last)
+        seed, n = seeds.derive(self.seed, "order", index), phase.views_per_sample
+        if self.views is None and (n > 1 or phase.usable is not None):
+            raise InputError("the method chooses among views, and there are none.", where="data.views", fix="Give data.views, as the record has them.")
+        return BatchPlan(samples, self.config.batch_size, seed=seed, drop_last=self.config.drop_last, views=n)
 
     def _length(self, phase: Phase, plan: BatchPlan) -> int:
         if phase.steps is not None or phase.epochs is not None:
@@ -278,6 +285,8 @@ class Trainer:
                 parallel.shard(player.module, self.device, self.config.precision)
             parameters = [p for p in player.module.parameters() if p.requires_grad]
             spec = phase.optimisers.get(name) or player.optimiser or self.config.optimiser
+            if phase.rate != 1.0:
+                spec = spec.model_copy(update={"lr": spec.lr * phase.rate})
             decay = player.ema if player.ema is not None else (self.config.ema if name == "student" else None)
             average = None
             if decay is not None:

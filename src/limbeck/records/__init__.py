@@ -1,0 +1,29 @@
+"""Recorded teachers on disk: what a teacher said about each sample and view, written once and read as often as one likes.
+
+numpy, pyarrow and the standard library only (fsspec for remote addresses): a reader in a worker process does not import torch.
+"""
+
+from limbeck.records.codecs import CODECS, Codec, Full, Half, Log8, TopK, TopK8, codec_from, describe, kl_error
+from limbeck.records.manifest import Field, Part, check_identity
+from limbeck.records.reader import Record, RecordPart
+from limbeck.records.writer import RecordWriter, Task
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Field",
+    "Full",
+    "Half",
+    "Log8",
+    "Part",
+    "Record",
+    "RecordPart",
+    "RecordWriter",
+    "Task",
+    "TopK",
+    "TopK8",
+    "check_identity",
+    "codec_from",
+    "describe",
+    "kl_error",
+]
