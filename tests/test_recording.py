@@ -202,6 +202,9 @@ def test_a_flipped_byte_stops_training_before_a_batch_is_made(plain: Path, tmp_p
         limbeck.distill(student_recipe({"record": str(tmp_path / "damaged")}), run=tmp_path / "run")
     with pytest.raises(InputError, match=shard.name):
         Record.open(tmp_path / "damaged").verify()
+    sorted((tmp_path / "damaged" / "train" / "shards").iterdir())[0].unlink()
+    limbeck.record(RecordRecipe.parse(UNTRAINED), output=tmp_path / "damaged")  # records what is damaged or missing again
+    assert contents(tmp_path / "damaged") == contents(plain)
 
 
 def test_a_record_is_made_where_the_recipe_says_how(tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ def record_teacher(
         rank=rank,
         world=world,
     )
-    if not writer.complete:
-        tasks = list(writer.pending())
+    tasks = list(writer.pending())  # of a finished record those that are missing or damaged
+    if any(parallel.agree([int(bool(tasks) or not writer.complete)], device, world)):
         chunks = _Chunks(recorder, tasks, spec.batch_size)
         watched = Silent() if progress is None or rank else progress
         watched.start("record", sum(len(task.ids) for task in tasks), 0, "rows")
