@@ -95,6 +95,23 @@ class Gate:
             self.wait()
 
 
+class Gated:
+    """A progress display that is a gate."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def start(self, label: str, steps: int, done: int, unit: str = "batches") -> None:
+        self.gate.wait()
+
+    def advance(self, step: int, note: str = "") -> None:
+        if not note:  # the call after every batch; the other belongs to a logging step
+            self.gate.step()
+
+    def stop(self) -> None:
+        pass
+
+
 def peak_mib() -> float:
     """Largest resident memory of this process so far."""
     import resource
@@ -144,22 +161,9 @@ def run_limbeck(steps: int) -> None:
     data = ArrayData(inputs, labels, [str(c) for c in range(10)])
     gate = Gate(steps)
 
-    class Gated:
-        """A progress display that is a gate."""
-
-        def start(self, label: str, steps: int, done: int, unit: str = "batches") -> None:
-            gate.wait()
-
-        def advance(self, step: int, note: str = "") -> None:
-            if not note:  # the call after every batch; the other belongs to a logging step
-                gate.step()
-
-        def stop(self) -> None:
-            pass
-
     method = KD(temperature=4.0, weight=0.9).bind(student=student, teacher=ModuleTeacher(teacher), train=data, num_classes=10)
     config = TrainConfig(steps=10**6, batch_size=BATCH, optimiser=OptimiserSpec(lr=0.05, momentum=0.9))
-    Trainer(method, data, config, num_classes=10, progress=Gated()).fit()
+    Trainer(method, data, config, num_classes=10, progress=Gated(gate)).fit()
 
 
 # ---- the parent -----------------------------------------------------------------------------------------------------

@@ -283,6 +283,7 @@ def test_views_and_what_goes_with_them() -> None:
         ({"record": {"codec": {"name": "topk", "q": 5}}}, "record.codec.q"),
         ({"record": {"scores": ["hardness"]}}, "record.scores"),
         ({"data": {"source": {"name": "nothing"}}}, "data.source.name"),
+        ({"teacher": {"model": {"target": "torch.nn:Linear", "args": {"in_features": 3, "out_features": 10}}}}, "teacher.model"),
         ({"data": {"source": {"name": "digits"}, "train_size": 10**6}}, "data.train_size"),
     ],
 )
@@ -290,6 +291,13 @@ def test_a_wrong_record_recipe_leaves_nothing_behind(tmp_path: Path, change: dic
     with pytest.raises(InputError) as refused:
         limbeck.record(RecordRecipe.parse({**RECORD, **change}), output=tmp_path / "r")
     assert refused.value.where == where
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_cannot_take_the_data_is_told(tmp_path: Path) -> None:
+    data = TensorDataset(torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(InputError, match="cannot take the data's inputs"):
+        limbeck.record(teacher=nn.Linear(3, 2), data=(data, data), output=tmp_path / "r")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -70,7 +70,6 @@ class Ingredients:
     views: ViewSpec | None = None
     record: Callable[[Prepared], RecordTeacher] | None = None
     """Opens the recorded teacher, where the recipe has one."""
-    teacher_data: Callable[[DataSpec, int], Prepared] = field(default=lambda spec, seed: prepare(spec, seed))
 
 
 @lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ from limbeck.contract import Batch, validated
 from limbeck.data import AugmentSpec, Views, ViewSpec
 from limbeck.errors import InputError, suggestion
 from limbeck.evaluate import cost
-from limbeck.ingredients import Ingredients, Prepared, data_identity, prepare
+from limbeck.ingredients import Ingredients, Prepared, data_identity, fits, network, prepare
 from limbeck.losses.scores import RECORDED
 from limbeck.methods.classifiers.supervised import Supervised
 from limbeck.models import taps
@@ -260,7 +260,11 @@ def record(
         raise InputError("there are no test data to record.", where="settings.test", fix="Give data=(train, test), or test=False.")
     example = train.prepare(train.fetch(torch.zeros(1, dtype=torch.int64))[0])
     taught = as_teacher(teacher)
-    classes = int(taught.logits(Batch(example)).shape[1])
+    try:
+        classes = int(taught.logits(Batch(example)).shape[1])
+    except (RuntimeError, ValueError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"the teacher cannot take the data's inputs of shape {list(example.shape[1:])}: {first}", where="teacher") from error
     prepared = Prepared(train, test if test is not None else train, None, classes, tuple(example.shape[1:]))
     return record_teacher(taught, prepared, output, views=views or ViewSpec(count=1), augment=augment or AugmentSpec(), spec=spec, progress=choose(style))
 
@@ -285,6 +289,10 @@ def _from_recipe(recipe: RecordRecipe, output: str | Path | None, style: Style) 
         try:
             prepared = parts.data(recipe.seed)
             checked(recipe.record, prepared)
+            example = prepared.train.prepare(prepared.train.fetch(torch.zeros(1, dtype=torch.int64))[0])
+            for index, spec in enumerate(recipe.teacher):
+                where = "teacher" if len(recipe.teacher) == 1 else f"teacher.{index}"
+                fits(network(spec, prepared, 0, where), example, prepared, where)
             teacher, _ = Runner(parts, None, cache=work, style=style).teacher(prepared, recipe.seed)
             assert teacher is not None
             views = recipe.data.views or ViewSpec(count=1)

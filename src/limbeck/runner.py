@@ -24,7 +24,7 @@ from limbeck.evaluate import cost
 from limbeck.evaluate.classifier import ClassifierMetrics, classifier_metrics
 from limbeck.evaluate.predict import predict
 from limbeck.export import folder as artefacts
-from limbeck.ingredients import Ingredients, Prepared, fits, make_method, network
+from limbeck.ingredients import Ingredients, Prepared, fits, make_method, network, prepare
 from limbeck.methods.classifiers.supervised import Supervised
 from limbeck.recipe import ModelSpec
 from limbeck.report.summary import Curve, Outcome
@@ -192,7 +192,7 @@ class Runner:
         """The data that a network is trained on beforehand, where they are not the run's. Raises InputError where the two do not fit."""
         assert spec.data is not None
         try:
-            found = self.parts.teacher_data(spec.data, seed)
+            found = prepare(spec.data, seed)
         except InputError as error:
             raise error.at(where) from error
         if found.num_classes != prepared.num_classes or found.input_shape != prepared.input_shape:

@@ -4,7 +4,8 @@ from torch import nn
 
 from limbeck.data import ArrayData
 from limbeck.errors import InputError
-from limbeck.evaluate.predict import evaluating, predict
+from limbeck.evaluate.predict import predict
+from limbeck.modes import evaluating
 
 
 class Net(nn.Module):

@@ -10,8 +10,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from limbeck.evaluate.predict import device_of, evaluating
+from limbeck.evaluate.predict import device_of
 from limbeck.evaluate.statistics import Latency
+from limbeck.modes import evaluating
 
 
 def parameters(module: nn.Module) -> int:

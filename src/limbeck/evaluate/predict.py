@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +10,7 @@ from torch import Tensor, nn
 from limbeck.contract import Data
 from limbeck.data import evaluation_batches
 from limbeck.errors import InputError
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every submodule has the training flag it had before, whatever happened inside."""
-    flags = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in flags:
-            part.training = training
+from limbeck.modes import evaluating
 
 
 def device_of(module: nn.Module) -> torch.device:

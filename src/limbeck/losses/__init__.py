@@ -2,7 +2,7 @@
 
 from limbeck.losses.adversarial import discriminator_loss, gradient_reversal
 from limbeck.losses.divergences import Reduction, jensen_shannon, kl_divergence, reverse_kl, soft_cross_entropy
-from limbeck.losses.logits import HintonReduction, cross_entropy, hinton, hinton_terms, mean_probabilities, partial_kd, prob_mse
+from limbeck.losses.logits import HintonReduction, cross_entropy, hinton, hinton_terms, log_mean_probabilities, mean_probabilities, partial_kd, prob_mse
 
 __all__ = [
     "HintonReduction",
@@ -14,6 +14,7 @@ __all__ = [
     "hinton_terms",
     "jensen_shannon",
     "kl_divergence",
+    "log_mean_probabilities",
     "mean_probabilities",
     "partial_kd",
     "prob_mse",

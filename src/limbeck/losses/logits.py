@@ -5,6 +5,7 @@ Legend as in `divergences`. Targets y are [B] int64 class indices (IGNORE = −1
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.contract import IGNORE
-from limbeck.losses.divergences import full_precision, kl_divergence, soft_cross_entropy
+from limbeck.losses.divergences import full_precision, kl_divergence, log_probabilities, soft_cross_entropy
 
 HintonReduction = Literal["batchmean", "code"]
 """How `hinton` reduces its soft term: "batchmean", or "code" = divided by C as well, as old PyTorch's `KLDivLoss` did (1802.05668)."""
@@ -91,6 +92,15 @@ def partial_kd(logits_BC: Tensor, old_logits_BK: Tensor, temperature: float = 2.
 def prob_mse(logits_BC: Tensor, probs_BC: Tensor) -> Tensor:
     """Squared error of probabilities, (1/(B·C)) Σ (σ(logits) − p)²: mean over batch AND classes. Source: 2102.13088 eq. 9 of our sheet."""
     return F.mse_loss(torch.softmax(full_precision(logits_BC), dim=-1), full_precision(probs_BC))
+
+
+def log_mean_probabilities(logits_TBC: Tensor) -> Tensor:
+    """log (1/T) Σ_k σ(t_k), [B, C], at least float32: the logits of the ensemble's soft target.
+
+    Args:
+        logits_TBC: [T, B, C], one slice a teacher. Source: 2009.08453 eq. 1 of our sheet.
+    """
+    return log_probabilities(logits_TBC).logsumexp(0) - math.log(len(logits_TBC))
 
 
 def mean_probabilities(logits_TBC: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ Scores of several networks (the E over initialisations of 2403.07854, items 2c a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.func import grad as gradient_of
 
 from limbeck.contract import IGNORE
 from limbeck.errors import InputError
+from limbeck.modes import evaluating
 
 
 def confidence(logits_BC: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def grand(module: nn.Module, inputs: Tensor, targets_B: Tensor, chunk: int = 32)
         parts = [g.double().square().sum() for g in gradient_of(loss_of)(parameters, x, y).values()]
         return torch.stack(parts).sum().sqrt()
 
-    with _in_eval_mode(module):
+    with evaluating(module):
         found_B = vmap(norm_of, chunk_size=chunk)(inputs, targets_B)
     return torch.where(targets_B == IGNORE, torch.nan, found_B)
 
@@ -288,15 +288,3 @@ def _places(module: nn.Module) -> dict[str, str]:
     names = {p: name for name, p in module.named_parameters()}
     parts = module.named_modules()  # a part under two names once
     return {f"{part}.{slot}" if part else slot: names[p] for part, m in parts for slot, p in m.named_parameters(recurse=False, remove_duplicate=False)}
-
-
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """The module and its parts in eval mode; each back in its own mode afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from limbeck.contract import Batch, Teacher
 from limbeck.errors import InputError
+from limbeck.losses import log_mean_probabilities
 from limbeck.models.outputs import logits_of
 
 
@@ -88,9 +88,7 @@ class EnsembleTeacher(FrozenTeacher):
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs [B, ...] -> log mean_t softmax(logits_t) [B, C], in float32 or wider."""
-        logits_TBC = self._answers(inputs)
-        log_probs_TBC = logits_TBC.log_softmax(-1, dtype=torch.promote_types(logits_TBC.dtype, torch.float32))
-        return log_probs_TBC.logsumexp(0) - math.log(len(self.members))
+        return log_mean_probabilities(self._answers(inputs))
 
 
 class FunctionTeacher(ModuleTeacher):

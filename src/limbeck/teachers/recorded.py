@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Self
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from limbeck.contract import Batch, Data
 from limbeck.data import origins
 from limbeck.errors import InputError
+from limbeck.losses import log_mean_probabilities
 from limbeck.records import Record
 
 
@@ -104,4 +104,4 @@ def combined(logits_TBC: Tensor) -> Tensor:
     """[B, C]: the logits of one member, or the log of the mean probability of several."""
     if len(logits_TBC) == 1:
         return logits_TBC[0]
-    return logits_TBC.log_softmax(-1).logsumexp(0) - math.log(len(logits_TBC))
+    return log_mean_probabilities(logits_TBC)

@@ -26,7 +26,7 @@ from limbeck import seeds
 from limbeck.components import import_object
 from limbeck.contract import IGNORE, Batch, Clock, Frozen, Method, Paper, Phase, Teacher, Update, Workbench
 from limbeck.errors import InputError
-from limbeck.losses.divergences import log_probabilities, soft_cross_entropy
+from limbeck.losses.divergences import full_precision, log_probabilities, soft_cross_entropy
 from limbeck.losses.sampling_game import dependent_rounding
 from limbeck.methods.classifiers._base import require_labels
 from limbeck.methods.classifiers.robust_active_part import Gain, Selection, accuracy, ask, batch_sampling, gains_of
@@ -57,9 +57,9 @@ def active_loss(logits_BC: Tensor, targets_B: Tensor, answers_BC: Tensor, querie
         logits_BC: of the student. targets_B: [B] int64, IGNORE where unlabelled.
         answers_BC: the teacher's logits; rows that were not queried do not count. queried_B: [B] bool. temperature: T > 0.
     """
-    hard = F.cross_entropy(logits_BC.float(), targets_B, ignore_index=IGNORE, reduction="sum")
+    hard = F.cross_entropy(full_precision(logits_BC), targets_B, ignore_index=IGNORE, reduction="sum")
     probs_BC = log_probabilities(answers_BC, temperature).exp()
-    soft_B = soft_cross_entropy(logits_BC.float() / temperature, probs_BC, "none")
+    soft_B = soft_cross_entropy(full_precision(logits_BC) / temperature, probs_BC, "none")
     return hard / len(targets_B), temperature**2 * torch.where(queried_B, soft_B, 0.0).sum() / len(targets_B)
 
 
