@@ -56,6 +56,8 @@ def record_teacher(
     """
     accelerator = parallel.accelerator("no", cpu=cpu)
     rank, world, device = int(accelerator.process_index), int(accelerator.num_processes), accelerator.device
+    if device.type == "cpu":
+        parallel.keep_freed_memory()
     module = teacher if isinstance(teacher, nn.Module) else None
     if module is not None:
         module.to(device)
