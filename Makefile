@@ -34,6 +34,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/records.py
+	$(BIN)/python benchmarks/generators.py
 
 # make claims CLAIMS="meal_v2 weight_align"; all of them without
 claims: $(VENV)/.dev

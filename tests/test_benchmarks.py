@@ -36,3 +36,14 @@ def test_the_records_benchmark_runs_and_writes_its_evidence(tmp_path):
     assert found["seconds_a_recording"].keys() == {"forward", "recording"}
     assert {(row["classes"], row["codec"]) for row in found["codecs"]} == {(c, n) for c in (10, 100) for n in ("full", "half", "log8", "topk", "topk8")}
     assert all(row["kl_mean"] == 0 for row in found["codecs"] if row["codec"] == "full")
+
+
+def test_the_generators_benchmark_runs_and_writes_its_evidence(tmp_path):
+    output = tmp_path / "bench.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "generators.py"), "--smoke", "--output", str(output)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert {"checks", "commit", "versions", "machine", "date"} <= found.keys()
+    assert [set(check) for check in found["checks"]] == [{"text", "value", "bound", "holds"}]
+    assert found["seconds_an_iteration"].keys() == {"bare", "limbeck"}

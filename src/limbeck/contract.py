@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from limbeck import seeds
+from limbeck.components import Component
 from limbeck.errors import InputError, suggestion
 
 IGNORE = -100
@@ -48,7 +49,7 @@ class ScheduleSpec(Frozen):
 class OptimiserSpec(Frozen):
     """An optimiser and its schedule. Fields that an optimiser does not have are ignored by it (betas by SGD)."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    name: Literal["sgd", "adam", "adamw", "radam"] = "sgd"
     lr: float = Field(0.1, ge=0, le=1e4)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
@@ -181,7 +182,7 @@ class Phase:
     optimisers: overrides by player; rate: what every player's learning rate is multiplied by. `trains`: names of the players that take part, None: all.
     With `data.views`: views_per_sample n views of a sample stand side by side in a batch, which then holds batch_size // n samples, and an epoch is a pass
     over the samples; over the phase's last `single_last` passes of one view each a batch holds batch_size samples with one view; usable [N, V] bool says
-    which views may be drawn (None: all).
+    which views may be drawn (None: all). data_free: nothing is fetched; batches have ids and empty inputs [B, 0], so that len(batch) still says how many.
     """
 
     name: str = "train"
@@ -194,6 +195,7 @@ class Phase:
     views_per_sample: int = 1
     single_last: int = 0
     usable: Tensor | None = None
+    data_free: bool = False
 
 
 @dataclass
@@ -240,6 +242,8 @@ class Artefact:
     encoder: Encoder | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     """JSON values worth keeping with it (bits a weight, aligned gammas)."""
+    around: Callable[[Component], Component] | None = None
+    """Where the module is built around the student's: how the student's component becomes the module's. None: the module is the student's."""
 
 
 class Workbench(Protocol):
@@ -278,6 +282,8 @@ class Method(ABC):
     """Whether the method expects a student that was trained before."""
     needs_record: ClassVar[bool] = False
     """Whether the method learns from a recorded teacher alone, over views of kind "boxes"."""
+    example_model: ClassVar[str] = "{name: mlp_denoiser, widths: [64, 64]}"
+    """Methods that make generators: the denoiser (in YAML) that `limbeck new` writes into a recipe."""
     needs_unlabelled: ClassVar[bool] = False
     """Whether the method expects training samples without a label, to choose among."""
 
@@ -341,6 +347,13 @@ class Method(ABC):
 
     def after_step(self, player: str, clock: Clock) -> None:
         """After each optimiser step of a player, without gradient: clip, sort, project."""
+
+    def notice(self, row: Mapping[str, float]) -> Sequence[str]:
+        """What a reader must know, out of one logged row: sentences for the log and the report.
+
+        row: "PLAYER/METRIC" → mean since the last row; "progress": fraction of the phase that is done.
+        """
+        return ()
 
     def inference(self) -> nn.Module:
         """The module to evaluate and to save; by default the student."""

@@ -143,6 +143,44 @@ compare:
   alone: true                  # also train the same student without a teacher
 """
 
+_GENERATOR = """\
+# {title}
+# {source}
+# Run it:   limbeck distill {file}
+# Any field can be overridden:   limbeck distill {file} --set train.steps=300
+name: {name}
+seeds: [0]
+
+method:
+  name: {name}
+{knobs}
+{network}
+data:
+  source: {{name: two_moons}}    # two_moons, gaussian_grid, gaussian_ring, checkerboard; images: {{name: fashion_mnist, side: 14, scale: symmetric}}
+
+train:
+  steps: 2000
+  batch_size: 256
+  ema: 0.99                    # of the weights that come out
+  optimiser: {{name: adam, lr: 0.0005}}   # sgd, adam, adamw, radam
+
+evaluate:
+  samples: 2000                # drawn from every arm and compared with as many real ones
+  teacher_steps: [2, 4, 18]    # of the teacher's sampler; the most is its best
+"""
+
+_DENOISER_TEACHER = """
+teacher:                       # without a 'student:' the student is built as the teacher is
+  model: {model}
+  method: denoising            # trained here on the data; or give weights: teacher.safetensors
+  train: {{steps: 3000, batch_size: 512, ema: 0.99, optimiser: {{name: adam, lr: 0.001}}}}
+"""
+
+_DENOISER_STUDENT = """
+student:
+  model: {model}
+"""
+
 _TEACHER = """
 teacher:                       # one, or a list (an ensemble)
   model: {name: cnn, widths: [32, 64, 128]}
@@ -207,11 +245,19 @@ def write_recipe(name: str, output: Path | None) -> Path:
     if method.needs_record and made.exists():
         raise InputError("the file exists already.", where=str(made), fix="Give another name with --output.")
     has_teacher = method.needs_teacher or "teacher" in vars(method).get("__annotations__", {})  # in some modes it needs one
+    source = f"arXiv {paper.arxiv}, {paper.published}" if paper.arxiv else paper.published
+    if method.produces == "generator":
+        network = (_DENOISER_TEACHER if has_teacher else _DENOISER_STUDENT).format(model=method.example_model)
+        text = _GENERATOR.format(
+            title=paper.title, source=source, file=path, name=name, knobs="\n".join(lines), network=network
+        )  # fmt: skip
+        files.write_atomic(path, text)
+        return path
     teacher = _RECORDED.format(name=name, make=made) if method.needs_record else _TEACHER if has_teacher else ""
     labelled = _LABELLED.format(why="; the others are chosen among" if method.needs_unlabelled else "")
     text = _TEMPLATE.format(
         title=paper.title,
-        source=f"arXiv {paper.arxiv}, {paper.published}" if paper.arxiv else paper.published,
+        source=source,
         file=path,
         name=name,
         knobs="\n".join(lines),

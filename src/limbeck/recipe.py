@@ -16,6 +16,7 @@ from limbeck.contract import Frozen, input_error
 from limbeck.data.augment import AugmentSpec
 from limbeck.data.views import ViewSpec
 from limbeck.errors import InputError
+from limbeck.evaluate.features import FeatureSpec
 from limbeck.train.config import TrainConfig
 
 _MAX_BYTES = 4 * 2**20  # of a recipe
@@ -90,6 +91,12 @@ class EvaluateSpec(Frozen):
     batch_size: int = Field(512, ge=1, le=1_000_000)
     latency: bool = Field(True, description="time student and teacher side by side, batch 1")
     latency_repeats: int = Field(50, ge=3, le=100_000)
+    samples: int = Field(2000, ge=16, le=1_000_000, description="generators: samples that are drawn and compared with as many real ones")
+    features: FeatureSpec | None = Field(None, description="generators: what images are compared by; null: a small classifier, pixels without labels")
+    teacher_steps: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = Field(
+        (2, 4, 18), min_length=1, description="generators: steps of the teacher that are shown; the most, with `teacher_sampler`, is its best, fewer are DDIM's"
+    )
+    teacher_sampler: Literal["heun", "ddim", "euler"] = Field("heun", description="generators: how the teacher samples (heun: 2 · steps − 1 calls)")
 
 
 class CompareSpec(Frozen):
@@ -157,6 +164,17 @@ class Recipe(Written):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**62)], ...] = Field((0,), min_length=1, max_length=1000)
     evaluate: EvaluateSpec = EvaluateSpec()
     compare: CompareSpec = CompareSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _student_like_its_teacher(cls, values: Any) -> Any:
+        """A recipe without a student has one that is built as its only teacher is."""
+        if not isinstance(values, Mapping) or values.get("student") is not None:
+            return values
+        teacher = values.get("teacher")
+        alone = teacher[0] if isinstance(teacher, list | tuple) and len(teacher) == 1 else teacher
+        model = alone.get("model") if isinstance(alone, Mapping) else getattr(alone, "model", None)
+        return values if model is None else {**values, "student": {"model": model}}
 
     @model_validator(mode="after")
     def _distinct_seeds(self) -> Self:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,15 @@ from limbeck.contract import Data, Method
 from limbeck.data import AugmentSpec, ViewSpec
 from limbeck.environment import describe
 from limbeck.errors import InputError
-from limbeck.evaluate.classifier import classifier_metrics
 from limbeck.evaluate.cost import torch_threads
-from limbeck.evaluate.predict import predict
 from limbeck.evaluate.statistics import Latency
 from limbeck.export import folder as artefacts
-from limbeck.ingredients import Ingredients, Prepared, fits, from_recipe, make_method, prepare, replay
+from limbeck.ingredients import Ingredients, Prepared, from_recipe, make_method, prepare, replay
+from limbeck.kinds import Measured, kind_of
 from limbeck.recipe import CompareSpec, EvaluateSpec, Recipe
 from limbeck.records import Record
 from limbeck.report import html
-from limbeck.report.summary import Arm, Outcome, RunSummary
+from limbeck.report.summary import Arm, RunSummary
 from limbeck.runner import Made, Runner, Style, barrier, rank, start_processes
 from limbeck.teachers import as_teacher
 from limbeck.train import TrainConfig, locked
@@ -94,7 +93,7 @@ def execute(parts: Ingredients, folder: Path | None, *, style: Style = "quiet", 
             if resume_from is not None and not list(folder.glob(f"**/checkpoints/{resume_from}")):
                 raise InputError(f"there is no checkpoint '{resume_from}' in this run.", where="--from")
             if (folder / "result.json").exists():
-                return _finished(parts, folder)
+                return _finished(runner, folder)
             return _all_seeds(runner)
         except InputError:
             if made and rank() == 0 and not list(folder.glob("**/step-*")) and not list(folder.glob("**/artefact")):
@@ -102,10 +101,10 @@ def execute(parts: Ingredients, folder: Path | None, *, style: Style = "quiet", 
             raise
 
 
-def _finished(parts: Ingredients, folder: Path) -> Result:
+def _finished(runner: Runner, folder: Path) -> Result:
     """What an earlier process finished, read back."""
     summary = RunSummary.from_json((folder / "result.json").read_text(encoding="utf-8"))
-    return Result(_kept_student(parts, folder), _metrics(summary), summary, folder)
+    return Result(_kept_student(runner.parts, folder), _metrics(runner, summary), summary, folder)
 
 
 def _kept_student(parts: Ingredients, folder: Path) -> nn.Module:
@@ -114,11 +113,10 @@ def _kept_student(parts: Ingredients, folder: Path) -> nn.Module:
     return artefacts.load(folder, model=own, trust_imports=trusted)
 
 
-def _metrics(summary: RunSummary) -> dict[str, float]:
+def _metrics(runner: Runner, summary: RunSummary) -> dict[str, float]:
     """The first seed's numbers of the distilled student, the method's own included."""
     arm = summary.arm("distilled")
-    names = ("accuracy", "nll", "ece", "brier", "agreement", "kl_to_teacher")
-    found = {} if arm is None else {k: float(v) for k in names if (v := getattr(arm.outcomes[0], k)) is not None}
+    found = {} if arm is None else runner.kind.metrics(arm.outcomes[0])
     return found | {k: float(v) for k, v in summary.facts.get("metrics", {}).items()}
 
 
@@ -163,55 +161,59 @@ def _first_difference(old: str, new: str) -> str:
 
 
 def _all_seeds(runner: Runner) -> Result:
-    parts, folder = runner.parts, runner.folder
-    by_role: dict[str, list[Outcome]] = {}
-    costs: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
+    parts, folder, kind = runner.parts, runner.folder, runner.kind
+    by_label: dict[str, list[Arm]] = {}
+    notes: list[str] = []
+    first_part: RunSummary | None = None
     first: Made | None = None
     for seed in parts.seeds:
         kept = folder / "outcomes" / f"seed-{seed}.json" if folder is not None else None
         if kept is not None and kept.exists():
             part = RunSummary.from_json(kept.read_text(encoding="utf-8"))
         else:
-            outcomes, made, seed_costs = runner.seed(seed)
-            first = made if first is None and seed == parts.seeds[0] else first
-            arms = tuple(_arm(role, (outcome,), seed_costs.get(role, {})) for role, outcome in outcomes.items())
-            assert made.method is not None
-            part = RunSummary(parts.name, arms, facts=_plain(made.method.facts()))
+            found = runner.seed(seed)
+            first = found.made if first is None and seed == parts.seeds[0] else first
+            arms = tuple(_arm(arm, found.costs.get(arm.role, {})) for arm in found.arms)
+            part = RunSummary(parts.name, arms, facts=_plain(found.facts), notes=_told(found.notes, seed, parts.seeds), pictures=found.pictures)
             if kept is not None and rank() == 0:
                 files.write_atomic(kept, part.to_json())
-        for arm in part.arms:
-            by_role.setdefault(arm.role, []).extend(arm.outcomes)
-            if seed == parts.seeds[0]:
-                costs[arm.role] = {"parameters": arm.parameters, "macs": arm.macs, "bytes": arm.bytes, "latencies": arm.latencies}
-        if seed == parts.seeds[0]:
-            facts = dict(part.facts)
-    method = parts.method()
+        first_part = first_part or part
+        notes += part.notes
+        for made in part.arms:
+            by_label.setdefault(made.label, []).append(made)
+    assert first_part is not None
+    prepared = parts.data(parts.seeds[0])
     summary = RunSummary(
         title=parts.name,
-        arms=tuple(_arm(role, tuple(outcomes), costs.get(role, {})) for role, outcomes in by_role.items()),
-        method=type(method).__name__,
+        arms=tuple(replace(arms[0], outcomes=tuple(outcome for arm in arms for outcome in arm.outcomes)) for arms in by_label.values()),
+        method=type(parts.method()).__name__,
         recipe=parts.recipe,
         created=time.strftime("%Y-%m-%d %H:%M:%S"),
         environment=describe(),
-        classes=tuple(str(c) for c in parts.data(parts.seeds[0]).train.classes),
-        facts=facts,
+        classes=tuple(str(c) for c in prepared.train.classes),
+        facts=first_part.facts,
+        notes=tuple(notes),
+        pictures=first_part.pictures,
+        kind=kind.name,
+        headline=kind.headline(prepared),
     )
     if folder is not None and rank() == 0:
         html.write(summary, folder / "report.html")
         files.write_atomic(folder / "result.json", summary.to_json())
     barrier()
     if first is None and folder is not None:  # an earlier process made it
-        return Result(_kept_student(parts, folder), _metrics(summary), summary, folder)
-    return Result(None if first is None else first.module, _metrics(summary), summary, folder)
+        return Result(_kept_student(parts, folder), _metrics(runner, summary), summary, folder)
+    return Result(None if first is None else first.module, _metrics(runner, summary), summary, folder)
 
 
-_LABELS = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
+def _told(notes: Sequence[str], seed: int, seeds: Sequence[int]) -> tuple[str, ...]:
+    """What was noticed, with the seed where there are several."""
+    return tuple(f"seed {seed}: {note}" if len(seeds) > 1 else note for note in notes)
 
 
-def _arm(role: Any, outcomes: tuple[Outcome, ...], costs: Mapping[str, Any]) -> Arm:
+def _arm(measured: Measured, costs: Mapping[str, Any]) -> Arm:
     latencies: tuple[Latency, ...] = tuple(costs.get("latencies") or ())
-    return Arm(role, _LABELS[role], outcomes, costs.get("parameters"), costs.get("macs"), costs.get("bytes"), latencies)
+    return Arm(measured.role, measured.label, (measured.outcome,), costs.get("parameters"), costs.get("macs"), costs.get("bytes"), latencies)
 
 
 def _plain(value: Any) -> Any:
@@ -274,12 +276,14 @@ def distill(
     config = train if isinstance(train, TrainConfig) else _train_config(train)
     example = train_data.prepare(train_data.fetch(torch.arange(min(2, len(train_data))))[0])
     with torch.no_grad():
-        classes = _classes(student, example)
+        classes = _classes(student, example) if chosen.produces == "classifier" else len(train_data.classes)
     prepared = Prepared(
         train_data, test_data, None if validation is None else datasets.as_data(validation), classes, tuple(example.shape[1:])
     )  # fmt: skip
     recorded = teacher if isinstance(teacher, Record) else None
-    given = None if teacher is None or recorded is not None else as_teacher(teacher)
+    members = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+    generates = chosen.produces != "classifier"  # its teacher is no source of logits
+    given = None if teacher is None or recorded is not None else kind_of(chosen, EvaluateSpec()).teacher(members) if generates else as_teacher(teacher)
     parts = Ingredients(
         name=Path(run).name if run is not None else type(chosen).__name__,
         seeds=(seed,),
@@ -357,19 +361,22 @@ def measure(recipe: Mapping[str, Any], *, seed: int, cache: Path, arm: str, styl
     """Train and measure one arm of a claim at one seed; networks shared between arms are kept in `cache`.
 
     Returns:
-        accuracy, nll, ece, agreement, kl_to_teacher, seconds, and the method's own metrics.
+        What the kind of artefact is measured by (accuracy, nll, …; mmd2, fid, calls, …), the same of the teacher as teacher/NAME, seconds, and the method's
+        own metrics.
     """
-    found = Recipe.parse({**recipe, "name": arm, "seeds": [seed], "compare": {"alone": False}, "evaluate": {"latency": False}})
+    found = Recipe.parse({**recipe, "name": arm, "seeds": [seed], "compare": {"alone": False}, "evaluate": {**recipe.get("evaluate", {}), "latency": False}})
     runner = Runner(from_recipe(found), None, cache=cache, style=style)
     with torch_threads(found.threads):
         recording.ensure(found, style)
         prepared = runner.parts.data(seed)
-        teacher, teacher_logits = runner.teacher(prepared, seed)
+        teacher, reference = runner.teacher(prepared, seed)
         start = runner.student(prepared, seed, teacher)
         made = runner._train(runner.parts.method(), start, prepared, seed, found.train, None, teacher=teacher, label=f"{arm} seed {seed}", test=True)
-        outcome = runner._outcome(made, prepared, seed, teacher_logits)
-    names = ("accuracy", "nll", "ece", "agreement", "kl_to_teacher")
-    values = {name: float(value) for name in names if (value := getattr(outcome, name)) is not None}
+        outcome = runner._outcome(made, prepared, seed, reference)
+        of_teacher = next((m.outcome for m in runner.kind.teacher_arms(seed, teacher, made.module, prepared, reference) if m.role == "teacher"), None)
+    values = runner.kind.metrics(outcome)
+    if of_teacher is not None:
+        values |= {f"teacher/{name}": value for name, value in runner.kind.metrics(of_teacher).items()}
     assert made.method is not None
     assert made.trained is not None
     return values | {"seconds": made.trained.seconds} | {k: float(v) for k, v in made.method.facts().get("metrics", {}).items()}
@@ -400,10 +407,4 @@ def evaluate_run(folder: str | Path, settings: Sequence[str] = ()) -> dict[str, 
     recipe = Recipe.read(Path(folder) / "recipe.yaml", settings)
     module = load(folder, trust_imports=recipe.student.model.target is not None)
     prepared = prepare(recipe.data, recipe.seeds[0])
-    example = prepared.test.prepare(prepared.test.fetch(torch.arange(min(2, len(prepared.test))))[0])
-    fits(module, example, prepared, "student")
-    if prepared.test.targets is None:
-        raise InputError("the test data have no labels to measure against.", where="data")
-    found = classifier_metrics(predict(module, prepared.test, batch_size=recipe.evaluate.batch_size), prepared.test.targets)
-    values = {"accuracy": found.accuracy, "nll": found.nll, "ece": found.ece, "brier": found.brier, "samples": found.labelled}
-    return {k: float(v) for k, v in values.items() if v is not None}
+    return kind_of(make_method(recipe.method), recipe.evaluate).evaluated(module, prepared)

@@ -9,11 +9,12 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from limbeck import data as datasets
 from limbeck import seeds
@@ -21,14 +22,13 @@ from limbeck.contract import Method, Teacher
 from limbeck.data import AugmentSpec, BatchPlan, Views
 from limbeck.errors import InputError
 from limbeck.evaluate import cost
-from limbeck.evaluate.classifier import ClassifierMetrics, classifier_metrics
-from limbeck.evaluate.predict import predict
 from limbeck.export import folder as artefacts
-from limbeck.ingredients import Ingredients, Prepared, fits, make_method, network, prepare
+from limbeck.ingredients import Ingredients, Prepared, make_method, network, prepare
+from limbeck.kinds import Kind, Measured, kind_of
+from limbeck.kinds.classifier import Answering
 from limbeck.methods.classifiers.supervised import Supervised
 from limbeck.recipe import ModelSpec
-from limbeck.report.summary import Curve, Outcome
-from limbeck.teachers import as_teacher
+from limbeck.report.summary import Curve, Outcome, Picture
 from limbeck.teachers.recorded import RecordTeacher
 from limbeck.train import TrainConfig, Trained, Trainer, parallel
 from limbeck.train.progress import choose
@@ -46,6 +46,18 @@ class Made:
 
 
 @dataclass
+class SeedResult:
+    """What one seed gave: the arms' numbers, the distilled network, costs by role (of the first seed), pictures, facts, and what was noticed."""
+
+    arms: tuple[Measured, ...]
+    made: Made
+    costs: dict[str, Any]
+    pictures: tuple[Picture, ...]
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass
 class Runner:
     """Trains and measures, seed by seed. folder: where it all goes (None: nowhere); cache: where networks shared by arms are kept."""
 
@@ -54,7 +66,12 @@ class Runner:
     cache: Path | None = None
     style: Style = "quiet"
     resume_from: str | None = None
-    _teachers: dict[str, tuple[Teacher, Tensor | None]] = field(default_factory=dict)
+    _teachers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    @cached_property
+    def kind(self) -> Kind:
+        """How what this run makes is checked and measured."""
+        return kind_of(self.parts.method(), self.parts.evaluate)
 
     def check(self) -> None:
         """Build everything once and pass two samples through it, so that a wrong recipe fails before anything is written."""
@@ -67,7 +84,8 @@ class Runner:
         method = parts.method()
         if method.needs_teacher and not parts.teachers and parts.given_teacher is None and parts.record is None:
             raise InputError(f"the method '{type(method).__name__}' needs a teacher.", where="teacher", fix="Add a 'teacher:' section.")
-        prepared = parts.data(seed)
+        prepared, kind = parts.data(seed), self.kind
+        kind.check(prepared)
         if method.needs_labels and prepared.train.targets is None:
             raise InputError("the method needs labels, the data have none.", where="data")
         if parts.train.sharding == "fsdp2" and parts.train.ema is not None:
@@ -84,20 +102,20 @@ class Runner:
             raise (error if error.where.startswith("data.") else error.at("data.augment")) from error
         example = prepared.train.prepare(raw)
         student = parts.student(prepared, seed)
-        fits(student, example, prepared, "student")
+        kind.fits(student, example, prepared, "student")
         if not any(p.requires_grad for p in student.parameters()):
             raise InputError("the student has no parameters to train.", where="student")
         if parts.given_teacher is not None:
-            fits(_Answering(parts.given_teacher).eval(), example, prepared, "teacher")
+            kind.fits(kind.timed("teacher", parts.given_teacher) or Answering(parts.given_teacher).eval(), example, prepared, "teacher")
         members = []
         for index, spec in enumerate(parts.teachers):
             where = "teacher" if len(parts.teachers) == 1 else f"teacher.{index}"
             members.append(network(spec, prepared, 0, where))
-            fits(members[-1], example, prepared, where)
+            kind.fits(members[-1], example, prepared, where)
             if spec.train is not None:
                 base = prepared if spec.data is None else self._other_data(spec, prepared, seed, where)
                 self._rehearse(make_method(spec.method), members[-1], base, seed, spec.train, None, where)
-        teacher = parts.given_teacher if parts.given_teacher is not None else as_teacher(members) if members else None
+        teacher = parts.given_teacher if parts.given_teacher is not None else kind.teacher(members) if members else None
         if parts.record is not None:
             teacher = parts.record(prepared)
         if parts.student_spec is not None and parts.student_spec.train is not None:
@@ -122,53 +140,56 @@ class Runner:
     def _has_alone(self, method: Method, prepared: Prepared) -> bool:
         """Whether the student is also trained without a teacher."""
         labelled = prepared.train.targets is not None
-        return self.parts.compare.alone and not isinstance(method, Supervised) and method.produces == "classifier" and labelled
+        return self.parts.compare.alone and not isinstance(method, Supervised) and self.kind.trains_alone and labelled
 
-    def seed(self, seed: int) -> tuple[dict[str, Outcome], Made, dict[str, Any]]:
-        """Train and measure one seed: outcomes by role (teacher, alone, distilled), the distilled student, costs by role."""
-        parts = self.parts
+    def seed(self, seed: int) -> SeedResult:
+        """Train and measure one seed."""
+        parts, kind = self.parts, self.kind
         prepared = parts.data(seed)
         place = self._place(seed)
-        targets = prepared.test.targets
-        if targets is None:
-            raise InputError("the test data have no labels to measure against.", where="data")
-        teacher, teacher_logits = self.teacher(prepared, seed)
-        outcomes: dict[str, Outcome] = {}
-        if teacher_logits is not None:
-            outcomes["teacher"] = Outcome.of(seed, classifier_metrics(teacher_logits, targets))
+        kind.check(prepared)
+        teacher, reference = self.teacher(prepared, seed)
         method = parts.method()
         start = self.student(prepared, seed, teacher)
         alone: Made | None = None
+        arms: list[Measured] = []
         if self._has_alone(method, prepared):
             alone = self._alone(prepared, seed, start, None if place is None else place / "alone")
-            outcomes["alone"] = self._outcome(alone, prepared, seed, teacher_logits)
+            arms.append(Measured("alone", kind.labels["alone"], self._outcome(alone, prepared, seed, reference)))
         student = copy.deepcopy(start)
         made = self._train(method, student, prepared, seed, parts.train, place, teacher=teacher, label=f"{parts.name} seed {seed}", test=True)
-        outcomes["distilled"] = self._outcome(made, prepared, seed, teacher_logits)
+        own = self._outcome(made, prepared, seed, reference)
+        arms = [*kind.teacher_arms(seed, teacher, made.module, prepared, reference), *arms, Measured("distilled", kind.labels["distilled"], own)]
         costs: dict[str, Any] = {}
+        pictures: tuple[Picture, ...] = ()
+        facts = method.facts()
         if seed == parts.seeds[0]:
             costs = self._costs({"teacher": teacher, "alone": alone, "distilled": made}, prepared)
+            pictures, facts = kind.pictures(teacher, made.module, prepared, reference), kind.facts(reference) | facts
         if place is not None and rank() == 0:
-            self._keep(made, prepared, place / "artefact", outcomes["distilled"])
+            self._keep(made, prepared, place / "artefact", own)
             if alone is not None:
-                self._keep(alone, prepared, place / "alone" / "artefact", outcomes["alone"])
+                self._keep(alone, prepared, place / "alone" / "artefact", next(arm.outcome for arm in arms if arm.role == "alone"))
         barrier()
-        return outcomes, made, costs
+        notes = () if made.trained is None else tuple(made.trained.notes)
+        return SeedResult(tuple(arms), made, costs, pictures, facts, notes)
 
     # -- networks that are trained beforehand
 
-    def teacher(self, prepared: Prepared, seed: int) -> tuple[Teacher | None, Tensor | None]:
-        """The teacher of a seed and its logits on the test data; trained once where it does not depend on the seed."""
+    def teacher(self, prepared: Prepared, seed: int) -> tuple[Any, Any]:
+        """The teacher of a seed and what students are compared with (`Kind.reference`); made once where neither depends on the seed."""
         parts = self.parts
         if parts.record is not None:
             recorded = parts.record(prepared)
-            return recorded, recorded.test_logits(prepared.test)
+            return recorded, self.reference(recorded, prepared)
         if parts.given_teacher is None and not parts.teachers:
-            return None, None
+            if "none" not in self._teachers:
+                self._teachers["none"] = (None, self.reference(None, prepared))
+            return self._teachers["none"]
         if parts.given_teacher is not None:
             key = "given"
             if key not in self._teachers:
-                self._teachers[key] = (parts.given_teacher, self._teacher_logits(parts.given_teacher, prepared))
+                self._teachers[key] = (parts.given_teacher, self.reference(parts.given_teacher, prepared))
             return self._teachers[key]
         own = [seed if spec.seed is None else spec.seed for spec in parts.teachers]
         key = json.dumps(own)
@@ -184,8 +205,8 @@ class Runner:
                     base = self._other_data(spec, prepared, of, where) if spec.data is not None else parts.data(of) if shared else prepared
                     module = self._beforehand(spec, module, base, of, name, self.folder if shared else self._place(seed), teacher=None)
                 members.append(module)
-            teacher = as_teacher(members[0] if len(members) == 1 else members)
-            self._teachers = {key: (teacher, self._teacher_logits(teacher, prepared))}
+            teacher = self.kind.teacher(members)
+            self._teachers = {key: (teacher, self.reference(teacher, prepared))}
         return self._teachers[key]
 
     def _other_data(self, spec: ModelSpec, prepared: Prepared, seed: int, where: str) -> Prepared:
@@ -203,11 +224,10 @@ class Runner:
             )
         return found
 
-    def _teacher_logits(self, teacher: Teacher, prepared: Prepared) -> Tensor | None:
-        from limbeck.contract import Batch
-
-        module = teacher if isinstance(teacher, nn.Module) else nn.Identity()
-        return predict(module, prepared.test, batch_size=self.parts.evaluate.batch_size, forward=lambda x: teacher.logits(Batch(x)))
+    def reference(self, teacher: Any, prepared: Prepared) -> Any:
+        """See `Kind.reference`; what it must keep lies in the cache or the run's folder."""
+        place = self.cache if self.cache is not None else self.folder
+        return self.kind.reference(teacher, prepared, None if place is None else place / "features")
 
     def student(self, prepared: Prepared, seed: int, teacher: Teacher | None) -> nn.Module:
         """The student that distillation starts from: built, its weights loaded, trained beforehand where the recipe says so."""
@@ -274,10 +294,7 @@ class Runner:
         curve_data = prepared.validation or prepared.test
 
         def evaluate(current: Method) -> dict[str, float]:
-            logits = predict(current.inference(), curve_data, batch_size=self.parts.evaluate.batch_size)
-            assert curve_data.targets is not None
-            found = classifier_metrics(logits, curve_data.targets)
-            return {"accuracy": found.accuracy} | ({} if found.nll is None else {"nll": found.nll})
+            return self.kind.curve(current, curve_data)
 
         trainer = Trainer(
             method, prepared.train, config, seed=seed, folder=folder, augment=augment or self.parts.augment, evaluate=evaluate, views=views,
@@ -310,32 +327,27 @@ class Runner:
         )
         return prepared
 
-    def _outcome(self, made: Made, prepared: Prepared, seed: int, teacher_logits: Tensor | None) -> Outcome:
-        assert prepared.test.targets is not None
-        logits = predict(made.module, prepared.test, batch_size=self.parts.evaluate.batch_size)
-        metrics: ClassifierMetrics = classifier_metrics(logits, prepared.test.targets, teacher_logits)
-        trained = made.trained
-        return Outcome.of(
-            seed,
-            metrics,
-            training_seconds=None if trained is None else trained.seconds,
-            examples_seen=None if trained is None else trained.samples,
-            curves=() if trained is None else _curves(trained.rows),
-        )
+    def _outcome(self, made: Made, prepared: Prepared, seed: int, reference: Any) -> Outcome:
+        outcome, trained = self.kind.outcome(seed, made.module, prepared, reference), made.trained
+        if trained is None:
+            return outcome
+        return replace(outcome, training_seconds=trained.seconds, examples_seen=trained.samples, curves=_curves(trained.rows))
 
     def _costs(self, made: Mapping[str, Any], prepared: Prepared) -> dict[str, Any]:
         """Parameters, multiply-accumulates, bytes and latencies by role, measured side by side."""
         modules: dict[str, nn.Module] = {}
         for role, found in made.items():
-            module = found.module if isinstance(found, Made) else found
-            if isinstance(module, nn.Module):
-                modules[role] = _Answering(found) if role == "teacher" else module
-        example = prepared.test.prepare(prepared.test.fetch(torch.arange(min(64, len(prepared.test))))[0])
+            module = self.kind.timed(role, found.module if isinstance(found, Made) else found)
+            if module is not None:
+                modules[role] = module
+        example = self.kind.example(prepared)
         costs: dict[str, Any] = {}
         for role, module in modules.items():
             costs[role] = {"parameters": cost.parameters(module), "macs": _macs(module, prepared.input_shape), "bytes": _bytes(made[role], module)}
         if self.parts.evaluate.latency:
-            measured = cost.latencies(modules, example, repeats=self.parts.evaluate.latency_repeats)
+            most = self.kind.most_repeats
+            repeats = self.parts.evaluate.latency_repeats if most is None else min(self.parts.evaluate.latency_repeats, most)
+            measured = cost.latencies(modules, example, repeats=repeats, warmup=5 if most is None else 1)
             for role in modules:
                 costs[role]["latencies"] = list(measured[role])
         if isinstance(recorded := made["teacher"], RecordTeacher):  # as it was when it was recorded
@@ -345,16 +357,16 @@ class Runner:
     def _keep(self, made: Made, prepared: Prepared, folder: Path, outcome: Outcome | None, *, spec: ModelSpec | None = None, key: str = "") -> None:
         assert made.method is not None
         artefact = made.method.artefact()
-        preprocessing = getattr(prepared.train, "preprocessing", None)
         spec = spec or self.parts.student_spec
-        metrics = {} if outcome is None else {"accuracy": outcome.accuracy, "nll": outcome.nll, "ece": outcome.ece}
+        metrics = {} if outcome is None else self.kind.metrics(outcome)
+        component = None if spec is None else artefact.around(spec.model) if artefact.around is not None else spec.model
         artefacts.save(
             artefact,
             folder,
-            model=None if spec is None else spec.model,
+            model=component,
             num_classes=prepared.num_classes,
             input_shape=prepared.input_shape,
-            preprocess=preprocessing() if callable(preprocessing) else {},
+            preprocess=datasets.preprocessing(prepared.train),
             classes=list(prepared.train.classes),
             extra={"key": key, "metrics": metrics, "method": type(made.method).__name__},
         )
@@ -363,19 +375,6 @@ class Runner:
         if self.folder is None:
             return None
         return self.folder if seed == self.parts.seeds[0] else self.folder / f"seed-{seed}"
-
-
-class _Answering(nn.Module):
-    """A teacher as a plain module, for timing."""
-
-    def __init__(self, teacher: Any) -> None:
-        super().__init__()
-        self.teacher = teacher
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        from limbeck.contract import Batch
-
-        return self.teacher.logits(Batch(inputs))
 
 
 def _macs(module: nn.Module, input_shape: Sequence[int]) -> int | None:

@@ -141,8 +141,8 @@ def test_a_loss_is_shown_as_a_loss(make_run):
 def test_answers_that_are_not_numbers_are_reported(run):
     teacher, alone, distilled = run.arms
     broken = replace(alone, outcomes=(replace(alone.outcomes[0], nonfinite=1200, nll=None), *alone.outcomes[1:]))
-    page = Page(html.render(replace(run, arms=(teacher, broken, distilled))))
-    assert "Student alone: 1 200 answers were not finite numbers" in page.text
+    page = Page(html.render(replace(run, arms=(teacher, replace(broken, label="Student, alone"), distilled))))
+    assert "Student, alone: 1 200 answers were not finite numbers" in page.text
     assert "not finite" not in Page(html.render(run)).text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from limbeck.data.arrays import ArrayData
 from limbeck.data.augment import AugmentSpec, augment, crop, cutmix, cutout, flip, mixup
-from limbeck.data.loader import BatchPlan, ahead, evaluation_batches, stream
+from limbeck.data.loader import BatchPlan, ahead, blank, evaluation_batches, stream
 from limbeck.data.splits import (
     Joined,
     Splits,
@@ -14,6 +14,7 @@ from limbeck.data.splits import (
     hold_out,
     inputs_fingerprint,
     origins,
+    preprocessing,
     root,
     stratified_subset,
     subset,
@@ -30,6 +31,10 @@ CATALOGUE = {
     "huggingface": "limbeck.data.sources:huggingface",
     "image_folder": "limbeck.data.sources:image_folder",
     "tensors": "limbeck.data.sources:tensors",
+    "two_moons": "limbeck.data.points:two_moons",
+    "gaussian_grid": "limbeck.data.points:gaussian_grid",
+    "gaussian_ring": "limbeck.data.points:gaussian_ring",
+    "checkerboard": "limbeck.data.points:checkerboard",
 }
 """Short name → import path of every data source: a function that returns `Splits`."""
 
@@ -47,6 +52,7 @@ __all__ = [
     "ahead",
     "as_data",
     "augment",
+    "blank",
     "corrupt_labels",
     "crop",
     "cutmix",
@@ -59,6 +65,7 @@ __all__ = [
     "inputs_fingerprint",
     "mixup",
     "origins",
+    "preprocessing",
     "resized_crop",
     "root",
     "stratified_subset",

@@ -76,6 +76,10 @@ class ArrayData:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def preprocessing(self) -> dict[str, object]:
+        """What `prepare` does, as JSON values: inputs / divide_by, minus mean, over std (a channel each; empty: none)."""
+        return {"divide_by": 255.0 if self.inputs.dtype == torch.uint8 else 1.0, "mean": list(self.mean), "std": list(self.std)}
+
     def fetch(self, ids_B: Tensor, *, seed: int = 0, epoch: int = 0) -> tuple[Tensor, Tensor | None]:
         """Raw inputs [B, ...] and targets [B]; seed and epoch change nothing here."""
         return self.inputs.index_select(0, ids_B), None if self._targets is None else self._targets.index_select(0, ids_B)

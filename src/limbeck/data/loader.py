@@ -132,6 +132,13 @@ def stream(
     return (replace(share, inputs=data.prepare(share.inputs)).cut(micro) for share in raw)
 
 
+def blank(plan: BatchPlan, *, start: int, stop: int, rank: int = 0, world: int = 1, micro: int = 1) -> Generator[list[Batch], None, None]:
+    """As `stream`, for training without data: batches of the same sizes whose inputs are empty [B, 0], with the ids that stand for them."""
+    for step in range(start, stop):
+        ids_B = plan.ids(step)[1][rank::world]
+        yield Batch(torch.empty(len(ids_B), 0), None, ids_B).cut(micro)
+
+
 def evaluation_batches(data: Data, batch_size: int, indices: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """(prepared inputs [B, ...], targets [B] or None, ids [B]) over the data, or over `indices` ([M] int64), in order, without augmentation."""
     for ids_B in (torch.arange(len(data)) if indices is None else indices).split(batch_size):

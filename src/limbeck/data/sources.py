@@ -7,7 +7,7 @@ import struct
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,25 +17,27 @@ from limbeck.data.arrays import ArrayData
 from limbeck.data.cifar import IMAGENET
 from limbeck.data.reading import decoded, fitted, reading, shown
 from limbeck.data.splits import Splits, hold_out
-from limbeck.errors import InputError, MissingExtra
+from limbeck.errors import InputError, MissingExtra, suggestion
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Scale = Literal["standard", "symmetric"]
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""
 FASHION_MNIST_CLASSES = ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
-def digits(test_size: int = 450, seed: int = 0) -> Splits:
+def digits(test_size: int = 450, seed: int = 0, scale: Scale = "standard") -> Splits:
     """scikit-learn's digits: 1,797 grey images [1, 8, 8], floats k/16 in [0, 1], 10 classes (UCI, CC BY 4.0).
 
     Args:
-        test_size: images held out as the test set, stratified, chosen by `seed`. Both parts are normalised by the training part's mean and sd.
+        test_size: images held out as the test set, stratified, chosen by `seed`.
+        scale: 'standard' normalises both parts by the training part's mean and sd, 'symmetric' to [−1, 1], as generators want it.
 
     Raises:
-        InputError: `test_size` is not between 1 and 1796.
+        InputError: `test_size` is not between 1 and 1796, or the scale is unknown.
     """
     from sklearn.datasets import load_digits
 
@@ -47,34 +49,52 @@ def digits(test_size: int = 450, seed: int = 0) -> Splits:
     except InputError as error:
         raise InputError(error.what, where="test_size") from error
     pixels, _ = train.fetch(torch.arange(len(train)))
-    mean, std = (float(pixels.mean()),), (float(pixels.std()),)
+    mean, std = _constants(scale, (float(pixels.mean()),), (float(pixels.std()),))
     return Splits(*(ArrayData(part.fetch(torch.arange(len(part)))[0], part.targets, whole.classes, mean=mean, std=std) for part in (train, test)))
 
 
-def fashion_mnist(folder: str | None = None) -> Splits:
-    """Fashion-MNIST: [1, 28, 28] uint8, 10 classes, 60,000 training and 10,000 test images (arXiv 1708.07747), normalised by the training mean and sd.
+def fashion_mnist(folder: str | None = None, side: Literal[14, 28, 32] = 28, scale: Scale = "standard") -> Splits:
+    """Fashion-MNIST: [1, 28, 28] uint8, 10 classes, 60,000 training and 10,000 test images (arXiv 1708.07747).
 
     Args:
-        folder: holds the four IDX files, gzipped or plain; None: the Debian package's.
+        folder: holds the four IDX files, gzipped or plain; None: the Debian package's. side: 14 averages 2×2 pixels, 32 pads with black.
+        scale: 'standard' normalises by the training mean and sd (of the 28×28 images), 'symmetric' to [−1, 1], as generators want it.
 
     Raises:
-        InputError: the folder or a file is missing, or a file is damaged (named).
+        InputError: the folder or a file is missing, or a file is damaged (named); side or scale is none of these.
     """
+    if side not in (14, 28, 32):
+        raise InputError(f"side is {side}.", where="side", fix="Use 14, 28 or 32.")
+    mean, std = _constants(scale, (0.28604059,), (0.35302424,))
     home = FASHION_MNIST_FOLDER if folder is None else Path(folder)
     if not home.is_dir():
         raise InputError(
             "there is no such folder.", where=shown(home), fix="Install it (apt-get install dataset-fashion-mnist), or give 'folder' with the four IDX files."
         )
-    return Splits(_idx_part(home, "train"), _idx_part(home, "t10k"))
+    return Splits(*(_idx_part(home, part, side, mean, std) for part in ("train", "t10k")))
 
 
-def _idx_part(home: Path, prefix: str) -> ArrayData:
+def _constants(scale: str, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation to normalise by. Raises InputError for an unknown scale."""
+    if scale not in get_args(Scale):
+        raise InputError(f"unknown scale '{scale}'.", where="scale", fix=suggestion(scale, get_args(Scale)))
+    return (mean, std) if scale == "standard" else ((0.5,), (0.5,))
+
+
+def _sized(images: Tensor, side: int) -> Tensor:
+    """[N, 1, 28, 28] uint8 at 14 (2×2 means, rounded), 28 or 32 (padded with 0)."""
+    if side == 32:
+        return torch.nn.functional.pad(images, (2, 2, 2, 2))
+    return images if side == 28 else ((images.view(len(images), 1, 14, 2, 14, 2).to(torch.int32).sum((3, 5)) + 2) // 4).to(torch.uint8)
+
+
+def _idx_part(home: Path, prefix: str, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ArrayData:
     images_path, labels_path = (_idx_path(home, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise InputError(f"images {list(images.shape)} and labels {list(labels.shape)} do not belong together.", where=shown(images_path))
     with reading(labels_path):
-        return ArrayData(torch.from_numpy(images)[:, None], torch.from_numpy(labels), FASHION_MNIST_CLASSES, mean=(0.28604059,), std=(0.35302424,))
+        return ArrayData(_sized(torch.from_numpy(images)[:, None], side), torch.from_numpy(labels), FASHION_MNIST_CLASSES, mean=mean, std=std)
 
 
 def _idx_path(home: Path, name: str) -> Path:

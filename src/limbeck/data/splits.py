@@ -72,6 +72,10 @@ class View:
         """As the data set looked at prepares."""
         return self.data.prepare(raw)
 
+    def preprocessing(self) -> dict[str, object]:
+        """As the data set looked at says, for artefacts."""
+        return preprocessing(self.data)
+
 
 class Joined:
     """A data set with the inputs of others behind it, unlabelled (a `contract.Data`): what `data.pool` makes.
@@ -120,8 +124,13 @@ class Joined:
 
     def preprocessing(self) -> dict[str, object]:
         """As the first part says, for artefacts."""
-        found = getattr(self.parts[0], "preprocessing", None)
-        return found() if callable(found) else {}
+        return preprocessing(self.parts[0])
+
+
+def preprocessing(data: Data) -> dict[str, object]:
+    """What turns raw inputs into a network's, as JSON values; empty where the data do not say."""
+    found = getattr(data, "preprocessing", None)
+    return found() if callable(found) else {}
 
 
 def origins(data: Data) -> Tensor:

@@ -1,4 +1,4 @@
-"""Taking the artefact elsewhere: a safetensors folder, a Hub folder, ONNX; and getting it back with `load`."""
+"""Taking the artefact elsewhere: a safetensors folder, a Hub folder, a folder for diffusers, ONNX; and getting it back with `load`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ FORMATS = {
     "safetensors": "a folder with model.safetensors and config.json, for limbeck.load",
     "hf": "a folder as on the Hugging Face Hub, with a model card; transformers models open with from_pretrained",
     "onnx": "one ONNX file, compared with the module in onnxruntime",
+    "diffusers": "a folder that diffusers opens and samples from without limbeck (generators)",
 }
 
 __all__ = ["FORMATS", "Exported", "export", "load", "save"]
@@ -24,7 +25,7 @@ def export(path: Path | str, to: str, output: Path | str | None = None, *, model
     """Write the artefact of a run folder or artefact folder in another format (a key of FORMATS).
 
     Args:
-        output: the file (onnx) or folder to write, replaced where it is an earlier export; None: beside the artefact (artefact.onnx, artefact-hf).
+        output: the file (onnx) or folder to write, replaced where it is an earlier export; None: beside the artefact (artefact.onnx, artefact-hf, artefact-diffusers).
         model, trust_imports: as for `load`.
 
     Returns:
@@ -44,6 +45,10 @@ def export(path: Path | str, to: str, output: Path | str | None = None, *, model
     module = load(source, model=model, trust_imports=trust_imports)
     if to == "hf":
         return hub.export_folder(module, source, output)
+    if to == "diffusers":
+        from limbeck.export.diffusers import export_diffusers
+
+        return export_diffusers(module, output)
     config = read_config(source)
     if config.input_shape is None:
         raise InputError("the artefact does not say what shape its inputs have.", where=str(source), fix="Call export_onnx(module, input_shape, path).")

@@ -46,7 +46,7 @@ class Exported:
     @classmethod
     def of(cls, folder: Path) -> Exported:
         """A written folder, measured."""
-        return cls(folder, sum(file.stat().st_size for file in folder.iterdir()))
+        return cls(folder, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 class WeightsFile(Frozen):
@@ -200,8 +200,10 @@ def read_config(folder: Path) -> ArtefactConfig:
         raise error.at(str(file)) from error
 
 
-def replace_folder(folder: Path | str, write: Callable[[Path], None]) -> Path:
+def replace_folder(folder: Path | str, write: Callable[[Path], None], *, marks: frozenset[str] = frozenset({CONFIG, WEIGHTS})) -> Path:
     """Let `write` fill a new folder, make it durable, and put it in the place of an old one.
+
+    marks: names by which an earlier folder of the same kind is known, which alone is replaced; it holds no subfolders but those among them.
 
     Between the two renames the old folder lies under the name `.NAME.old`, where `artefact_folder` finds it after a kill.
 
@@ -209,17 +211,19 @@ def replace_folder(folder: Path | str, write: Callable[[Path], None]) -> Path:
         InputError: `folder` is a file, or holds something other than a saved model.
     """
     folder = Path(folder).resolve()
-    _refuse_to_replace_other_things(folder)
+    _refuse_to_replace_other_things(folder, marks)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh, retired = folder.parent / f".{folder.name}.new", _retired(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
         write(fresh)
-        for file in fresh.iterdir():
-            with file.open("rb") as handle:
+        for place in (*fresh.rglob("*"), fresh):
+            if place.is_dir():
+                files.sync_folder(place)
+                continue
+            with place.open("rb") as handle:
                 os.fsync(handle.fileno())
-        files.sync_folder(fresh)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -232,13 +236,13 @@ def replace_folder(folder: Path | str, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _refuse_to_replace_other_things(folder: Path) -> None:
+def _refuse_to_replace_other_things(folder: Path, marks: frozenset[str]) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
         raise InputError("this is a file, not a folder.", where=str(folder), fix="Choose another name.")
     entries = list(folder.iterdir())
-    if entries and (any(e.is_dir() for e in entries) or not {CONFIG, WEIGHTS} <= {e.name for e in entries}):
+    if entries and (any(e.is_dir() and e.name not in marks for e in entries) or not marks <= {e.name for e in entries}):
         raise InputError("the folder exists and is not a saved model; it is left alone.", where=str(folder), fix="Choose a new folder.")
 
 

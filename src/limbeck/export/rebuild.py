@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from limbeck import models
@@ -13,16 +14,48 @@ from limbeck.errors import InputError
 
 _FETCHES = {models.CATALOGUE[name]: key for name, key in (("timm", "pretrained"), ("torchvision", "weights"), ("transformers", "pretrained"))}
 """The argument by which an adapter fetches weights: never when a module is only built to take its saved ones."""
+_OF_FOLDERS = ("limbeck.diffusion.adapters:", "limbeck.diffusion.latents:")
+"""Builders whose modules know, as `arguments`, how to build them again without the folder that they came from."""
 
 
 def self_contained(component: Component, module: nn.Module) -> Component:
-    """The component that builds the same network without the Hub or the folder its first weights came from."""
+    """The component that builds the same network, and those that its arguments name, without the Hub or the folder its first weights came from."""
     component = _without_weights(component)
-    source = component.args.get("model")
+    args = dict(component.args)
+    for name in NESTED:
+        inner, part = args.get(name), getattr(module, name, None)
+        if isinstance(inner, Mapping) and isinstance(part, nn.Module):
+            given = _validated(inner, name)
+            if (found := self_contained(given, part)) != given:
+                args[name] = found.model_dump(mode="json")
+    known: Any = getattr(module, "arguments", None)
+    if _path(component).startswith(_OF_FOLDERS) and isinstance(known, Mapping):
+        args = {key: args[key] for key in ("num_classes", "input_shape") if key in args} | dict(known)
+    source = args.get("model")
     network: Any = getattr(module, "network", None)
     if _path(component) == models.CATALOGUE["transformers"] and isinstance(source, str) and hasattr(network, "config"):
-        return component.model_copy(update={"args": {**component.args, "model": _fields(network.config)}})
-    return component
+        args["model"] = _fields(network.config)
+    return component if args == component.args else component.model_copy(update={"args": args})
+
+
+NESTED = ("denoiser", "module")
+"""Arguments of limbeck's own builders that are components themselves: a generator's denoiser."""
+
+
+def _within(component: Component) -> Iterator[Component]:
+    """The component and those that its arguments name."""
+    yield component
+    for name in NESTED:
+        inner = component.args.get(name)
+        if isinstance(inner, Mapping):
+            yield from _within(_validated(inner, name))
+
+
+def _validated(inner: Mapping[str, Any], name: str) -> Component:
+    try:
+        return Component.model_validate(inner)
+    except ValidationError as error:
+        raise InputError("this is no component: give 'name' or 'target', with 'args'.", where=f"args.{name}") from error
 
 
 def model(component: Component, num_classes: int, input_shape: Sequence[int], *, trust_imports: bool) -> nn.Module:
@@ -31,8 +64,9 @@ def model(component: Component, num_classes: int, input_shape: Sequence[int], *,
     Raises:
         InputError: it is not one of limbeck's own models and not trusted, or cannot be built.
     """
-    if not trust_imports and component.target is not None and component.target not in models.CATALOGUE.values():
-        raise _untrusted("model", component.target).at("target")
+    for part in _within(component):
+        if not trust_imports and part.target is not None and part.target not in models.CATALOGUE.values():
+            raise _untrusted("model", part.target).at("target")
     return models.build_model(_without_weights(component), num_classes=num_classes, input_shape=input_shape, seed=0)
 
 

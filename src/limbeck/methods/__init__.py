@@ -21,6 +21,12 @@ BUILT_IN = {
     "ssld": "limbeck.methods.classifiers.ssld:SSLD",
     "data_pruning": "limbeck.methods.classifiers.data_pruning:DataPruning",
     "robust_active": "limbeck.methods.classifiers.robust_active:RobustActive",
+    "denoising": "limbeck.methods.generators.denoising:Denoising",
+    "dmd2": "limbeck.methods.generators.dmd2:DMD2",
+    "f_distill": "limbeck.methods.generators.f_distill:FDistill",
+    "disback": "limbeck.methods.generators.disback:DisBack",
+    "ict": "limbeck.methods.generators.ict:ICT",
+    "boot": "limbeck.methods.generators.boot:Boot",
 }
 
 

@@ -1,7 +1,8 @@
 """Models by name: small reference networks and adapters to timm, torchvision and transformers.
 
 `CATALOGUE` maps a short name to a builder. Builders take `num_classes` and `input_shape` (of one input, without the batch) from the run,
-and return modules that map inputs [B, *input_shape] to logits [B, num_classes]. The functions below are imported on first use.
+and return modules that map inputs [B, *input_shape] to logits [B, num_classes], or denoisers and generators (`limbeck.diffusion`). The functions below are
+imported on first use.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ CATALOGUE = {
     "timm": "limbeck.models.adapters:timm",
     "torchvision": "limbeck.models.adapters:torchvision",
     "transformers": "limbeck.models.adapters:transformers",
+    "mlp_denoiser": "limbeck.diffusion.build:mlp_denoiser",
+    "unet_denoiser": "limbeck.diffusion.build:unet_denoiser",
+    "mixture_denoiser": "limbeck.diffusion.build:mixture_denoiser",
+    "mlp_generator": "limbeck.diffusion.build:mlp_generator",
+    "generator": "limbeck.diffusion.build:generator",
+    "direct_generator": "limbeck.diffusion.build:direct_generator",
+    "consistency_generator": "limbeck.diffusion.consistency:consistency_generator",
+    "signal_generator": "limbeck.diffusion.signal:signal_generator",
 }
 
 _PUBLIC = {

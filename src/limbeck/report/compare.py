@@ -11,12 +11,15 @@ import yaml
 
 from limbeck.errors import InputError
 from limbeck.files import write_atomic
-from limbeck.report import plots, tables
+from limbeck.report import generator_tables, plots, tables
+from limbeck.report.generator_wording import ordered
+from limbeck.report.measures import CALLS, SECONDS, measure_of
 from limbeck.report.page import fill, present, scalar
 from limbeck.report.summary import Arm, RunSummary
-from limbeck.report.wording import sentence, verdict
+from limbeck.report.verdicts import compared_with, sentence, verdict
 
 ABSENT = "–"
+ONE_MACHINE = "Latencies are comparable only between runs measured on the same machine."
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,15 @@ class Difference:
 
 
 def render(summaries: Sequence[RunSummary]) -> str:
-    """The page. Raises InputError for fewer than two runs."""
+    """The page. Raises InputError for fewer than two runs, and for runs that made different kinds of things."""
     if len(summaries) < 2:
         raise InputError(f"a comparison needs at least two runs, not {len(summaries)}.")
     names = unique_titles(summaries)
-    lines = [(name, arm) for name, summary in zip(names, summaries, strict=True) for arm in summary.arms]
+    for name, summary in zip(names, summaries, strict=True):
+        if summary.kind != summaries[0].kind:
+            what = f"'{names[0]}' made a {summaries[0].kind}, '{name}' a {summary.kind}: they share no measure."
+            raise InputError(what, fix="Compare runs that made the same kind of thing.")
+    lines = [(name, arm) for name, summary in zip(names, summaries, strict=True) for arm in _arms(summary)]
     arms = [arm for _, arm in lines]
     series = [plots.Series(f"{name} · {arm.label}", i, arm) for i, (name, arm) in enumerate(lines)]
     students = [s for s in series if any(s.arm is _student(summary) for summary in summaries)]
@@ -42,21 +49,48 @@ def render(summaries: Sequence[RunSummary]) -> str:
         {
             "title": " · ".join(names),
             "runs": [
-                {"name": name, "summary": summary, "sentence": sentence(summary), "verdict": verdict(gain) if (gain := summary.difference()) else None}
+                {"name": name, "summary": summary, "sentence": sentence(summary), "verdict": verdict(summary), "compared_with": compared_with(summary)}
                 for name, summary in zip(names, summaries, strict=True)
             ],
             "lines": [(name, arm.label) for name, arm in lines],
-            "headline": tables.headline(arms, None),
-            "quality": tables.quality(arms),
             "cost": tables.cost(arms),
             "differences": recipe_differences([summary.recipe for summary in summaries]),
             "names": names,
-            "size_plot": plots.accuracy_by_size(series),
             "curve_plots": plots.curves(students),
-            "quality_plots": present([plots.reliability(students)]),
             "latency_plots": present([plots.latency(series, size, f"latency{size}") for size in sizes]),
-        },
+        }
+        | (_generators(names, summaries, arms) if summaries[0].kind == "generator" else _classifiers(arms, series, students)),
     )
+
+
+def _classifiers(arms: Sequence[Arm], series: Sequence[plots.Series], students: Sequence[plots.Series]) -> dict[str, object]:
+    return {
+        "headline": tables.headline(arms, None),
+        "quality": tables.quality(arms),
+        "size_plot": plots.accuracy_by_size(series),
+        "quality_plots": present([plots.reliability(students)]),
+        "footer": f"Accuracy is the mean over seeds ± one standard error. {ONE_MACHINE}",
+    }
+
+
+def _generators(names: Sequence[str], summaries: Sequence[RunSummary], arms: Sequence[Arm]) -> dict[str, object]:
+    first = generator_tables.leading([summary.headline for summary in summaries])
+    ladders = []
+    for i, (name, summary) in enumerate(zip(names, summaries, strict=True)):  # a run has one colour: its teacher's line, its student's mark
+        ladders.append(plots.ladder(f"{name} · teacher", [plots.Series(f"{name} · {arm.label}", i, arm) for arm in _arms(summary)]))
+    shared = [key for key in dict.fromkeys(s.judged_by for s in summaries) if all(any(a.mean(key) for a in s.arms) for s in summaries)]
+    found = [plots.quality_by_cost(ladders, measure_of(key), measure_of(cost), f"{key}-{cost}") for key in shared for cost in (CALLS, SECONDS)]
+    return {
+        "headline": generator_tables.headline(arms, None, first),
+        "quality": generator_tables.further(arms, first),
+        "size_plot": None,
+        "quality_plots": present(found),
+        "footer": f"Numbers are means over seeds ± one standard error; ↓ lower is better, ↑ higher is better. {ONE_MACHINE}",
+    }
+
+
+def _arms(summary: RunSummary) -> Sequence[Arm]:
+    return ordered(summary.arms) if summary.kind == "generator" else summary.arms
 
 
 def write(summaries: Sequence[RunSummary], path: Path | str) -> None:

@@ -5,19 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from limbeck.report.generator_wording import cautions, ordered, shown
+from limbeck.report.measures import CALLS, SECONDS, Measure, measure_of
 from limbeck.report.summary import RunSummary
 from limbeck.report.tables import first_batch_size
-from limbeck.report.wording import count, milliseconds, percent, sentence, size, verdict
+from limbeck.report.verdicts import compared_with, sentence, verdict
+from limbeck.report.wording import count, milliseconds, percent, size
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 HEADER = ("", "Accuracy", "Parameters", "MACs", "Bytes", "Latency")
+MOST_MEASURES = 3
+"""Headline measures of a generator that a terminal is wide enough for; the page has them all."""
+
+
+def header(summary: RunSummary) -> tuple[str, ...]:
+    """The names of the columns of `rows`."""
+    if summary.kind != "generator":
+        return HEADER
+    return ("", *(measure.heading for measure in _shown_measures(summary)), "Parameters")
 
 
 def rows(summary: RunSummary) -> list[tuple[str, ...]]:
-    """One row an arm: label, accuracy mean ± s.e., parameters, MACs, bytes, median latency of the smallest batch."""
+    """One row an arm. Classifiers: label, accuracy mean ± s.e., parameters, MACs, bytes, median latency of the smallest batch.
+
+    Generators: label, the first MOST_MEASURES headline measures, calls and time a sample, parameters.
+    """
+    if summary.kind == "generator":
+        measures = _shown_measures(summary)
+        return [(arm.label, *(shown(m, arm.mean(m.key)) for m in measures), count(arm.parameters)) for arm in ordered(summary.arms)]
     batch = first_batch_size(summary.arms)
     found: list[tuple[str, ...]] = []
     for arm in summary.arms:
@@ -27,6 +45,11 @@ def rows(summary: RunSummary) -> list[tuple[str, ...]]:
     return found
 
 
+def _shown_measures(summary: RunSummary) -> list[Measure]:
+    quality = [key for key in summary.headline if key not in (CALLS, SECONDS)]
+    return [measure_of(key) for key in (*quality[:MOST_MEASURES], CALLS, SECONDS)]
+
+
 def table(summary: RunSummary) -> Table:
     """The rows as a rich table."""
     from rich import box
@@ -34,8 +57,8 @@ def table(summary: RunSummary) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(summary.title), title_justify="left", caption=Text(_gain(summary)), caption_justify="left", box=box.SIMPLE_HEAD)
-    for i, name in enumerate(HEADER):
+    made = Table(title=Text(summary.title), title_justify="left", caption=Text(_said(summary)), caption_justify="left", box=box.SIMPLE_HEAD)
+    for i, name in enumerate(header(summary)):
         made.add_column(escape(name), justify="left" if i == 0 else "right")
     for row in rows(summary):
         made.add_row(*(Text(cell) for cell in row))
@@ -44,10 +67,10 @@ def table(summary: RunSummary) -> Table:
 
 def plain(summary: RunSummary) -> str:
     """The same as aligned text, for files and pipes."""
-    lines = [HEADER, *rows(summary)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    lines = [header(summary), *rows(summary)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     body = ("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines)
-    return "\n".join(text.rstrip() for text in (summary.title, *body, _gain(summary)) if text)
+    return "\n".join(text.rstrip() for text in (summary.title, *body, _said(summary)) if text)
 
 
 def show(summary: RunSummary, console: Console) -> None:
@@ -74,9 +97,9 @@ def show_record(summary: Mapping[str, Any], console: Console) -> None:
     console.print(f"record: {summary['url']} ({size(summary['bytes'])})", markup=False, highlight=False, soft_wrap=True)
 
 
-def _gain(summary: RunSummary) -> str:
-    difference = summary.difference()
-    if difference is None:
-        return sentence(summary)
-    said = verdict(difference)
-    return f"Distilled − alone: {said.difference}. {said.text}"
+def _said(summary: RunSummary) -> str:
+    """The verdict, or the run in a sentence where there is none; a generator's warnings below it."""
+    found = verdict(summary)
+    said = sentence(summary) if found is None else f"{compared_with(summary)}: {found.difference}. {found.text}"
+    warnings = cautions(summary) if summary.kind == "generator" else []
+    return "\n".join([said, *(f"Warning: {text}" for text in warnings)])

@@ -19,6 +19,8 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from limbeck.report.generator_wording import shown
+from limbeck.report.measures import Measure
 from limbeck.report.summary import Arm, Curve
 from limbeck.report.wording import MINUS, NBSP, milliseconds, number, percent, signed
 
@@ -272,6 +274,90 @@ def accuracy_by_size(series: Sequence[Series], name: str = "size") -> Plot | Non
         unit = "KiB" if by_bytes else "parameters"
         alt = "Accuracy against size: " + "; ".join(f"{s.label} {percent((m, e))} with {number(x)} {unit}" for s, x, m, e in shown) + "."
         return Plot("Accuracy against size", _inline(figure, name, alt), alt, "Bars are one standard error over the seeds.")
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A teacher with several samplers, from many network calls to few, and the student that takes their place."""
+
+    label: str
+    rungs: tuple[Series, ...]
+    student: Series | None
+
+
+def ladder(label: str, series: Sequence[Series]) -> Ladder:
+    """The arms of one run as a ladder: everything but the student is a rung."""
+    student = next((s for s in series if s.arm.role == "distilled"), None)
+    return Ladder(label, tuple(s for s in series if s.arm.role != "distilled"), student)
+
+
+def quality_by_cost(ladders: Sequence[Ladder], quality: Measure, cost: Measure, name: str) -> Plot | None:
+    """Quality against what a sample costs: a line through a teacher's rungs, a mark for its student, a dot for each of its seeds.
+
+    None where fewer than two arms have both measures.
+    """
+    factor = 1000.0 if cost.unit == "seconds" else 1.0
+    words, values, best = [], [], []
+    with _drawing() as figure:
+        axes = figure.subplots()
+        for ladder in ladders:
+            rungs = sorted((point for s in ladder.rungs if (point := _placed(s, quality, cost))), key=lambda point: point[1])
+            if rungs:
+                line, scale = ladder.rungs[0], quality.factor
+                axes.plot([c * factor for _, c, _, _ in rungs], [v * scale for _, _, v, _ in rungs], color=line.stroke, linestyle=line.line, linewidth=1.2)
+                axes.plot([], [], color=line.stroke, linestyle=line.line, marker="o", markersize=5, linewidth=1.2, label=ladder.label)
+            for s, c, v, error in rungs:
+                own = s.arm.role == "alone"
+                marker = s.marker if own else "o"
+                axes.errorbar(c * factor, v * quality.factor, yerr=(error or 0) * quality.factor or None, color=s.stroke if own else ladder.rungs[0].stroke,
+                              marker=marker, markersize=7 if own else 5, linestyle="", capsize=2.5, elinewidth=1.2)  # fmt: skip
+                if own and len(ladders) == 1:
+                    axes.plot([], [], color=s.stroke, marker=marker, markersize=7, linestyle="", label=s.label)
+                if s.arm.role == "teacher":
+                    best.append((v * quality.factor, s.stroke))
+            placed = _placed(ladder.student, quality, cost) if ladder.student is not None else None
+            if placed is not None:
+                s, c, v, error = placed
+                seeds = [x * quality.factor for x in s.arm.values(quality.key)]
+                axes.plot([c * factor] * len(seeds), seeds, linestyle="", marker="o", markersize=3.5, color=s.stroke, alpha=0.5, markeredgewidth=0)
+                axes.errorbar(c * factor, v * quality.factor, yerr=(error or 0) * quality.factor or None, color=s.stroke, marker=s.marker, markersize=8,
+                              linestyle="", capsize=3, elinewidth=1.4, markeredgecolor=PAPER, zorder=3)  # fmt: skip
+                axes.plot([], [], color=s.stroke, marker=s.marker, markersize=8, linestyle="", label=s.label)
+                values += seeds
+            for s, c, v, error in [*rungs, *([placed] if placed else [])]:
+                values.append(v * quality.factor)
+                words.append(f"{s.label} {shown(quality, (v, error))} at {shown(cost, (c, None))}")
+        if len(words) < 2:
+            return None
+        for level, stroke in best:
+            axes.axhline(level, color=stroke, linewidth=0.8, linestyle=":", zorder=1)
+        axes.margins(x=0.1, y=0.12)
+        _logarithmic(axes, "x")
+        if 0 < min(values) < max(values) / 20:
+            _logarithmic(axes, "y")
+        axes.set(xlabel="ms a sample" if cost.unit == "seconds" else cost.name, ylabel=quality.heading)
+        if quality.unit == "percent":
+            _percent_ticks(axes, "y")
+        _legend(figure, axes)
+        alt = f"{quality.label} against {cost.name}: " + "; ".join(words) + "."
+        caption = (
+            f"The line joins the teacher’s samplers, the dotted one is its best. {_better(quality)}"
+            "Bars are one standard error over the seeds, small dots the student’s seeds."
+        )
+        title = f"{quality.label} against {'time' if cost.unit == 'seconds' else 'network calls'}"
+        return Plot(title, _inline(figure, name, alt), alt, caption)
+
+
+def _placed(s: Series, quality: Measure, cost: Measure) -> tuple[Series, float, float, float | None] | None:
+    """The arm with its cost, quality and standard error; None where one is unknown or the cost has no logarithm."""
+    value, price = s.arm.mean(quality.key), s.arm.mean(cost.key)
+    if value is None or price is None or not math.isfinite(value[0]) or not 0 < price[0] < math.inf:
+        return None
+    return s, price[0], *value
+
+
+def _better(measure: Measure) -> str:
+    return {"lower": "Lower is better. ", "higher": "Higher is better. ", "none": ""}[measure.better]
 
 
 @contextmanager

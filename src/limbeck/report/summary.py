@@ -31,10 +31,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one seed of one arm gave. Fractions in [0, 1], nats, seconds; None: not measured, or not a finite number."""
+    """What one seed of one arm gave. Fractions in [0, 1], nats, seconds; None: not measured, or not a finite number.
+
+    measures: numbers of one kind of artefact by name; the names that a report knows are those of `limbeck.report.measures`.
+    """
 
     seed: int
-    accuracy: float
+    accuracy: float | None = None
     nll: float | None = None
     ece: float | None = None
     brier: float | None = None
@@ -46,6 +49,11 @@ class Outcome:
     training_seconds: float | None = None
     examples_seen: int | None = None
     curves: tuple[Curve, ...] = ()
+    measures: Mapping[str, float | None] = field(default_factory=dict)
+
+    def measure(self, name: str) -> float | None:
+        """A number of this outcome: one of `measures`, or a field of the same name (accuracy, nll, training_seconds …); None where it has none."""
+        return self.measures[name] if name in self.measures else getattr(self, name) if name in FIELDS else None
 
     @classmethod
     def of(
@@ -75,12 +83,16 @@ class Outcome:
         )
 
 
-Measure = Literal["accuracy", "nll", "ece", "brier", "agreement", "kl_to_teacher", "training_seconds", "examples_seen"]
+FIELDS = frozenset({"accuracy", "nll", "ece", "brier", "agreement", "kl_to_teacher", "training_seconds", "examples_seen"})
+"""The fields of an outcome that are numbers of its quality or cost."""
 
 
 @dataclass(frozen=True)
 class Arm:
     """One of the things compared: the teacher, the student trained alone, the student distilled, or another.
+
+    Of a generator's run "teacher" is the teacher with its best sampler, "alone" the undistilled teacher with as many network calls as the
+    student makes, "distilled" the student, and "other" a further rung of the teacher's ladder (2, 4, 8 calls …).
 
     label: what it is called in tables. outcomes: one a seed. parameters, macs (one input), bytes (on disk): None if unknown.
     latencies: one a batch size, measured side by side with the other arms'.
@@ -94,12 +106,13 @@ class Arm:
     bytes: int | None = None
     latencies: tuple[Latency, ...] = ()
 
-    def values(self, measure: Measure) -> list[float]:
-        """The measure by seed; empty if a seed lacks it."""
-        found = [getattr(outcome, measure) for outcome in self.outcomes]
-        return [] if any(v is None for v in found) else found
+    def values(self, measure: str) -> list[float]:
+        """The measure by seed (`Outcome.measure`); empty if a seed lacks it."""
+        found = [outcome.measure(measure) for outcome in self.outcomes]
+        known = [v for v in found if v is not None]
+        return known if len(known) == len(found) else []
 
-    def mean(self, measure: Measure) -> tuple[float, float | None] | None:
+    def mean(self, measure: str) -> tuple[float, float | None] | None:
         """Mean and standard error over the seeds (None for one seed); None if a seed lacks the measure."""
         values = self.values(measure)
         return mean_stderr(values) if values else None
@@ -136,10 +149,15 @@ def _pooled(bins: Sequence[Bin]) -> Bin:
 
 @dataclass(frozen=True)
 class Picture:
-    """A sample image for the page: a PNG as base64 text, and what it shows in words."""
+    """A sample image for the page: a PNG as base64 text, and what it shows in words.
+
+    caption: printed below it; "": `alt`. group: pictures of one group stand side by side under this heading; "": under none.
+    """
 
     png_base64: str
     alt: str
+    caption: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,7 +166,9 @@ class RunSummary:
 
     title: the run's name. method: its name, "" for none. recipe: the resolved recipe as YAML. created: ISO date and time.
     environment, facts: JSON values, nested at will, shown as small tables; facts are what the method says of itself.
-    classes: names, in the order of `per_class`. notes: sentences for the reader.
+    classes: names, in the order of `per_class`. notes: sentences for the reader; on a generator's page they stand at the top, as warnings.
+    kind: what the run made, "classifier" or "generator". headline: the measures that come first in tables, the first being the one that
+    judges a generator's quality; a classifier's run has none (it is judged by accuracy).
     """
 
     title: str
@@ -161,18 +181,27 @@ class RunSummary:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
+    kind: str = "classifier"
+    headline: tuple[str, ...] = ()
+
+    @property
+    def judged_by(self) -> str:
+        """The measure that decides which arm is better: accuracy, or a generator's first headline measure ("" where none is named)."""
+        return "accuracy" if self.kind == "classifier" else next(iter(self.headline), "")
 
     def arm(self, role: Role) -> Arm | None:
         """The first arm of a role."""
         return next((arm for arm in self.arms if arm.role == role), None)
 
     def difference(self) -> Paired | None:
-        """Accuracy of the distilled student minus that of the same student alone (fraction), paired by seed; None without common seeds."""
+        """The distilled student minus the arm "alone" in what judges the run (`judged_by`), paired by seed; None without common seeds that have it.
+
+        Accuracy as a fraction; of a generator the first headline measure, whichever direction is the better one.
+        """
         distilled, alone = self.arm("distilled"), self.arm("alone")
         if distilled is None or alone is None:
             return None
-        mine = {o.seed: o.accuracy for o in distilled.outcomes}
-        other = {o.seed: o.accuracy for o in alone.outcomes}
+        mine, other = ({o.seed: v for o in arm.outcomes if (v := o.measure(self.judged_by)) is not None} for arm in (distilled, alone))
         seeds = [s for s in mine if s in other]
         return paired([mine[s] for s in seeds], [other[s] for s in seeds]) if seeds else None
 

@@ -32,15 +32,19 @@ class Row:
 
 def headline(arms: Sequence[Arm], reference: Arm | None) -> list[Row]:
     """Accuracy, parameters, MACs, bytes and latency of each arm; the notes compare with `reference` (the teacher, say)."""
-    rows = [
-        Row("Accuracy", tuple(Cell(percent(arm.mean("accuracy")), _seeds(arm)) for arm in arms)),
-        _row("Parameters", arms, reference, lambda arm: arm.parameters, count, "fewer"),
-        _row("MACs", arms, reference, lambda arm: arm.macs, count, "fewer"),
-        _row("Size on disk", arms, reference, lambda arm: arm.bytes, size, "smaller"),
-    ]
+    rows = [Row("Accuracy", tuple(Cell(percent(arm.mean("accuracy")), _seeds(arm)) for arm in arms)), *amounts(arms, reference)]
     for batch_size in sorted({x.batch_size for arm in arms for x in arm.latencies}):
         rows.append(_latency_row(batch_size, arms, reference))
     return rows
+
+
+def amounts(arms: Sequence[Arm], reference: Arm | None, macs: str = "MACs") -> list[Row]:
+    """Parameters, MACs (called `macs`) and bytes of each arm; the notes compare with `reference`."""
+    return [
+        _row("Parameters", arms, reference, lambda arm: arm.parameters, count, "fewer"),
+        _row(macs, arms, reference, lambda arm: arm.macs, count, "fewer"),
+        _row("Size on disk", arms, reference, lambda arm: arm.bytes, size, "smaller"),
+    ]
 
 
 def _row(label: str, arms: Sequence[Arm], reference: Arm | None, get: Callable[[Arm], int | None], show: Callable[[int | None], str], less: str) -> Row:
@@ -110,7 +114,7 @@ def by_seed(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the accuracies by seed, with distilled − alone in points where both have the seed."""
     arms = summary.arms
     seeds = sorted({o.seed for arm in arms for o in arm.outcomes})
-    found = [{o.seed: o.accuracy for o in arm.outcomes} for arm in arms]
+    found = [{o.seed: v for o in arm.outcomes if (v := o.measure("accuracy")) is not None} for arm in arms]
     distilled, alone = (next((f for f, arm in zip(found, arms, strict=True) if arm.role == role), {}) for role in ("distilled", "alone"))
     header = ["Seed", *(arm.label for arm in arms), *(["Distilled − alone"] if distilled and alone else [])]
     rows = []

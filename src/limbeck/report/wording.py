@@ -43,6 +43,11 @@ def count(value: int | None) -> str:
     return NA if value is None else _scaled(value, 1000, ("", "k", "M", "G", "T"))
 
 
+def grouped(value: int) -> str:
+    """A count in full, its digits in groups of three: 1 200."""
+    return f"{value:,}".replace(",", " ")
+
+
 def size(value: int | None) -> str:
     """Bytes: 812 B, 12.3 KiB, 1.20 MiB."""
     return NA if value is None else _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
@@ -80,6 +85,19 @@ def plain(mean: tuple[float, float | None] | None) -> str:
     return number(mean[0]) if mean[1] is None else f"{mean[0]:.3f} ±{NBSP}{mean[1]:.3f}"
 
 
+def spread(value: float, error: float | None, digits: int = 3) -> str:
+    """A number of any size with its standard error, both rounded where the error says so: two digits of it, but no more than the value bears.
+
+    >>> spread(45.123, 3.21), spread(0.05123, 0.00041), spread(12345.6, 210.0), spread(3.21456, 1e-9), spread(2.0, None)
+    ('45.1 ±\\xa03.2', '0.05123 ±\\xa00.00041', '12346 ±\\xa0210', '3.215 ±\\xa00.000', '2.00')
+    """
+    if error is None or not math.isfinite(value) or not math.isfinite(error):
+        return number(value, digits)
+    most = max(digits - (math.floor(math.log10(abs(value))) + 1 if value else 1), 0) + 1
+    places = min(max(1 - math.floor(math.log10(error)), 0), most) if error > 0 else most - 1
+    return f"{value:.{places}f} ±{NBSP}{error:.{places}f}".replace("-", MINUS)
+
+
 def points(difference: Paired, digits: int = 2) -> str:
     """A difference of fractions in percentage points, signed, with its standard error: +1.30 ± 0.21."""
     error = f" ±{NBSP}{NA}" if difference.stderr is None else f" ±{NBSP}{difference.stderr * 100:.{digits}f}"
@@ -112,7 +130,7 @@ def compared(mine: float | None, other: float | None, less: str, more: str) -> s
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a paired difference says: which way it points, a short judgement, the numbers in points, the interval."""
+    """What a paired difference says: whether quality is higher or lower, a short judgement, the numbers, the interval."""
 
     kind: Literal["higher", "lower", "unclear"]
     text: str

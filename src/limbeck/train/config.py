@@ -20,7 +20,9 @@ class TrainConfig(Frozen):
     optimiser: OptimiserSpec = OptimiserSpec()
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm of a player (L2)")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="autocast type; fp16 scales the loss")
-    ema: float | None = Field(None, ge=0, lt=1, description="decay of an average of the student's weights, which is then what is evaluated and saved")
+    ema: float | None = Field(
+        None, ge=0, lt=1, description="decay of an average of the weights of the student (or generator), which is then what is evaluated and saved"
+    )
     workers: int = Field(0, ge=0, le=256, description="loader processes; the result does not depend on it")
     sharding: Literal["none", "fsdp2"] = Field("none", description="fsdp2 shards the players over the processes")
     log_every: int = Field(50, ge=1, description="batches between two rows of metrics.jsonl")

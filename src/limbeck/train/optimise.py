@@ -17,7 +17,7 @@ def build_optimiser(parameters: Iterable[nn.Parameter], spec: OptimiserSpec) -> 
     if spec.name == "sgd":
         nesterov = spec.nesterov and spec.momentum > 0
         return torch.optim.SGD(params, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov, weight_decay=spec.weight_decay)
-    kind = torch.optim.AdamW if spec.name == "adamw" else torch.optim.Adam
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}[spec.name]
     return kind(params, lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
 
 

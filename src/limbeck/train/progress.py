@@ -18,6 +18,10 @@ class Progress(Protocol):
         """Batches done so far in this stretch."""
         ...
 
+    def say(self, text: str) -> None:
+        """Something a person should know at once."""
+        ...
+
     def stop(self) -> None:
         """The stretch is over."""
         ...
@@ -30,6 +34,9 @@ class Silent:
         """Nothing."""
 
     def advance(self, step: int, note: str = "") -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
         """Nothing."""
 
     def stop(self) -> None:
@@ -60,6 +67,10 @@ class Plain:
         rate = (self.step - self.first) / max(now - self.began, 1e-9)
         left = (self.steps - self.step) / rate if rate > 0 else float("nan")
         print(f"{self.label}: {self.step}/{self.steps} {self.unit}, {_rate(rate)}, {left:.0f} s left {self.note}".rstrip(), file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print it on a line of its own."""
+        print(f"{self.label}: {text}", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Say how long the stretch took."""
@@ -92,6 +103,10 @@ class Live:
             self._drawn = now
             rate = _rate((step - self._first) / max(now - self._began, 1e-9))
             self._bar.update(self._task, completed=step, rate=rate, **({"note": note} if note else {}))
+
+    def say(self, text: str) -> None:
+        """Print it above the bar."""
+        self._bar.console.print(text, markup=False, highlight=False)
 
     def stop(self) -> None:
         """Leave the finished bar standing."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from limbeck import seeds
 from limbeck.contract import Batch, Clock, Data, Method, OptimiserSpec, Phase, Player, Update
-from limbeck.data import AugmentSpec, BatchPlan, Views, evaluation_batches, stream
+from limbeck.data import AugmentSpec, BatchPlan, Views, blank, evaluation_batches, stream
 from limbeck.errors import InputError, Interrupted, TrainingError
 from limbeck.train import checkpoint, parallel
 from limbeck.train.config import TrainConfig
@@ -51,6 +51,8 @@ class Trained:
     samples: int
     seconds: float
     rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What the method noticed on the way (`Method.notice`), each once."""
 
 
 class Trainer:
@@ -99,6 +101,7 @@ class Trainer:
         self.buffer = MetricBuffer()
         self.total = 0  # batches over all phases
         self.samples = 0
+        self.notes: list[str] = []
         self._finite: dict[str, float] = {}
         self._signal = 0
         if self.device.type == "cpu":
@@ -203,7 +206,7 @@ class Trainer:
         finally:
             self.file.close()
             self._mode(training=False)
-        return Trained(self.total, self.samples, self._spent(), self.file.rows)
+        return Trained(self.total, self.samples, self._spent(), self.file.rows, self.notes)
 
     def _spent(self) -> float:
         return self._before + time.monotonic() - self._began
@@ -219,7 +222,7 @@ class Trainer:
             plan.end_single(phase.single_last, clock.steps)
         config = self.config
         self.progress.start(f"{self.label}" if phase.name == "train" else f"{self.label} {phase.name}", clock.steps, start)
-        batches = stream(
+        batches = blank(plan, start=start, stop=clock.steps, rank=self.rank, world=self.world, micro=config.accumulate) if phase.data_free else stream(
             self.data, plan, augment=self.augment, start=start, stop=clock.steps, rank=self.rank, world=self.world,
             micro=config.accumulate, workers=config.workers, num_classes=self.num_classes, views=self.views, usable=phase.usable,
         )  # fmt: skip
@@ -287,7 +290,7 @@ class Trainer:
             spec = phase.optimisers.get(name) or player.optimiser or self.config.optimiser
             if phase.rate != 1.0:
                 spec = spec.model_copy(update={"lr": spec.lr * phase.rate})
-            decay = player.ema if player.ema is not None else (self.config.ema if name == "student" else None)
+            decay = player.ema if player.ema is not None else (self.config.ema if name in ("student", "generator") else None)
             average = None
             if decay is not None:
                 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -319,8 +322,17 @@ class Trainer:
         if self.rank == 0:
             self.file.write(row)
         self._finite = {name: row[name] for name in stacked if name.endswith("/loss")}
+        self._notice({name: row[name] for name in stacked} | {"progress": (clock.step + 1) / max(clock.steps, 1)})
         self.buffer.clear()
         self.progress.advance(clock.step + 1, " ".join(f"{name} {value:.4f}" for name, value in self._finite.items()) if ended or self.rank == 0 else "")
+
+    def _notice(self, row: Mapping[str, float]) -> None:
+        """What the method makes of a row of the log, each sentence said and kept once."""
+        for text in self.method.notice(row):
+            if text not in self.notes:
+                self.notes.append(text)
+                if self.rank == 0:
+                    self.progress.say(text)
 
     def _check(self, stacked: Mapping[str, Tensor], clock: Clock) -> None:
         """Stop on a non-finite loss, naming the first step that had one and its samples."""
@@ -441,7 +453,7 @@ class Trainer:
             }
             progress = {
                 "phase_index": index, "phase": phase, "step": step, "total": self.total, "samples": self.samples, "seed": self.seed,
-                "metrics_bytes": self.file.sync(), "finite": self._finite, "world": self.world, "seconds": self._spent(),
+                "metrics_bytes": self.file.sync(), "finite": self._finite, "world": self.world, "seconds": self._spent(), "notes": self.notes,
             }  # fmt: skip
             checkpoint.write(self.folder / "checkpoints", self.total, checkpoint.Checkpoint(weights, state, progress), keep=self.config.keep)
         if self.world > 1:
@@ -472,7 +484,7 @@ class Trainer:
             )
         index, step = int(saved.progress["phase_index"]), int(saved.progress["step"])
         self.total, self.samples, self._finite = int(saved.progress["total"]), int(saved.progress["samples"]), dict(saved.progress["finite"])
-        self._before = float(saved.progress["seconds"])
+        self._before, self.notes = float(saved.progress["seconds"]), list(saved.progress.get("notes", ()))
         self.method.load_state_dict(saved.state["method"])
         players = self.method.players()
         try:

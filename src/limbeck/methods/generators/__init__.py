@@ -1,0 +1,1 @@
+"""Methods that make generators: few-step samplers out of many-step ones."""

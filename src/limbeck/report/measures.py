@@ -1,0 +1,78 @@
+"""What the numbers of a generator's run mean: name, unit, direction, and an explanation for the reader of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["lower", "higher", "none"]
+Unit = Literal["number", "percent", "seconds", "whole"]
+ARROWS = {"lower": "\u00a0↓", "higher": "\u00a0↑", "none": ""}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure: its key in `Outcome.measures`, its name in tables, which way is better, how it is written, what it is in a sentence.
+
+    digits: significant digits, of a percentage those after the point. factor: what a value is multiplied by before it is shown (the label says so).
+    explanation: "" where nothing is known of the measure.
+    """
+
+    key: str
+    label: str
+    better: Direction
+    explanation: str = ""
+    unit: Unit = "number"
+    digits: int = 3
+    factor: float = 1.0
+
+    @property
+    def heading(self) -> str:
+        """The name with an arrow towards the better values."""
+        return self.label + ARROWS[self.better]
+
+    @property
+    def name(self) -> str:
+        """The name inside a sentence: a capital that begins an abbreviation stays."""
+        return self.label if self.label[1:2].isupper() else self.label[:1].lower() + self.label[1:]
+
+    def improvement(self, difference: float) -> float:
+        """What a difference (mine − other's) is worth: positive where mine is better, 0 where neither direction is."""
+        return {"lower": -difference, "higher": difference, "none": 0.0}[self.better]
+
+
+CALLS, SECONDS = "calls", "seconds_per_sample"
+MEASURES = {
+    measure.key: measure
+    for measure in (
+        Measure("fid", "FID", "lower", "Fréchet distance between the Gaussians fitted to features of generated and of real images; 0: the same."),
+        Measure("kid", "KID (×10³)", "lower", "Squared maximum mean discrepancy of image features, cubic kernel, unbiased; around 0: the same.", factor=1000),
+        Measure("mmd2", "MMD² (×10³)", "lower", "Squared maximum mean discrepancy of generated and real samples, unbiased; around 0: the same.", factor=1000),
+        Measure("sliced_wasserstein", "Sliced Wasserstein distance", "lower", "Wasserstein distance between projections on lines, over random lines."),
+        Measure("energy_distance", "Energy distance", "lower", "2 E|x − y| − E|x − x′| − E|y − y′| of generated and real samples; 0: the same."),
+        Measure("precision", "Precision", "higher", "Share of the generated samples that lie in a neighbourhood of a real one.", "percent", 1),
+        Measure("recall", "Recall", "higher", "Share of the real samples that lie in a neighbourhood of a generated one.", "percent", 1),
+        Measure("density", "Density", "higher", "In how many neighbourhoods of real samples a generated one lies, over what is expected; about 1: the same."),
+        Measure("coverage", "Coverage", "higher", "Share of the real samples that have a generated one in their neighbourhood.", "percent", 1),
+        Measure("modes_covered", "Modes covered", "higher", "Components of the mixture behind the data that hold a fifth of their due or more.", "whole"),
+        Measure("outliers", "Outliers", "lower", "Share of the generated samples more than 4 standard deviations from every component.", "percent", 2),
+        Measure("frequency_tv", "Error of mode frequencies", "lower", "Half the sum of the differences to the components’ weights; 0: the same, 1: apart."),
+        Measure("histogram_l1", "Histogram distance", "lower", "Sum of the differences of both histograms’ shares; 0: the same, 2: apart."),
+        Measure("paired_rmse", "RMSE to the teacher", "lower", "Root mean square difference to what the teacher makes of the same noise."),
+        Measure(CALLS, "Network calls a sample", "lower", "How often a network is run for one sample; guidance runs it twice.", "whole"),
+        Measure(SECONDS, "Time a sample", "lower", "Wall-clock time of a batch divided by its size; all arms on one machine.", "seconds"),
+    )
+}
+"""The measures that a report knows, by key, in the order in which tables show them."""
+
+
+def measure_of(key: str) -> Measure:
+    """The measure of this key; one that is not in `MEASURES` is named by its key and has neither direction nor explanation."""
+    return MEASURES.get(key) or Measure(key, (key[:1].upper() + key[1:]).replace("_", " "), "none")
+
+
+def in_order(keys: Iterable[str]) -> list[str]:
+    """The keys, each once: known ones in the order of `MEASURES`, then the others as they come."""
+    given = dict.fromkeys(keys)
+    return [key for key in MEASURES if key in given] + [key for key in given if key not in MEASURES]
