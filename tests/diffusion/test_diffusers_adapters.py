@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from limbeck import models
 from limbeck.components import Component
 from limbeck.contract import Artefact
-from limbeck.diffusion import adapters
+from limbeck.diffusion import adapters, latents
 from limbeck.diffusion.adapters import diffusers_dit, diffusers_unet, diffusers_unet_condition, read_embeddings, trained_with
 from limbeck.diffusion.denoisers import Guided
 from limbeck.diffusion.generator import Generator
@@ -23,6 +23,8 @@ from limbeck.diffusion.noised_discriminator import feature_shapes
 from limbeck.errors import InputError, MissingExtra
 from limbeck.export import load, save
 from limbeck.models import build_model
+from limbeck.recipe import Recipe
+from limbeck.run import distill
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -46,7 +48,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(name: str, **args: Any) -> Any:
-    return build_model(Component(name=name, args=args), num_classes=args.pop("num_classes", 4), input_shape=SHAPE, seed=0).eval()
+    return build_model(Component(name=name, args=args), num_classes=4, input_shape=SHAPE, seed=0).eval()
 
 
 def noised(count: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -164,7 +166,7 @@ def test_features_are_read_where_they_are_said_to_be(name: str, args: dict[str, 
     assert gradient.abs().sum() > 0
     assert denoiser.features(x, t, labels, []) == {}
     assert not any(part._forward_hooks for part in denoiser.modules())
-    with pytest.raises(InputError, match="no tap 'bottelneck'.*bottleneck"):
+    with pytest.raises(InputError, match=r"no tap 'bottelneck'.*bottleneck"):
         denoiser.features(x, t, labels, ["bottelneck"])
 
 
@@ -172,7 +174,7 @@ def test_features_are_read_where_they_are_said_to_be(name: str, args: dict[str, 
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pipelines as diffusers saves them."""
     place = tmp_path_factory.mktemp("pipelines")
     torch.manual_seed(0)
@@ -186,7 +188,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     diffusers.UNet2DConditionModel(in_channels=3, out_channels=3, sample_size=8, **TEXT).save_pretrained(place / "text")
     torch.manual_seed(1)
     safetensors.torch.save_file({"prompts": torch.randn(4, 5, 6), "null": torch.randn(5, 6)}, place / "prompts.safetensors")
-    yield place
+    return place
 
 
 def test_a_pipelines_folder_says_schedule_and_prediction(folders: Path) -> None:
@@ -320,3 +322,148 @@ def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(MissingExtra, match=r"limbeck\[diffusion\]"):
         adapters.diffusers_unet(SHAPE, 4, UNET)
+
+
+def test_dmd2_distils_a_network_of_diffusers_with_heads_on_its_features(tmp_path: Path) -> None:
+    recipe = {
+        "name": "adapted",
+        "threads": 1,
+        "method": {"name": "dmd2", "ratio": 2, "gan": {"weight": 1e-2}},
+        "teacher": {"model": {"name": "diffusers_unet", "model": UNET}, "method": "denoising", "train": {"steps": 4, "batch_size": 16}},
+        "data": {"source": {"name": "digits", "scale": "symmetric"}, "test_size": 50},
+        "train": {"steps": 6, "batch_size": 16, "ema": 0.9},
+        "evaluate": {"samples": 20, "teacher_steps": [2], "latency": False, "features": {"kind": "pixels"}},
+    }
+    result = distill(Recipe.parse(recipe), run=tmp_path / "run")
+    again: Any = load(tmp_path / "run")
+    assert torch.equal(again.sample(3, labels=4), result.student.sample(3, labels=4))  # type: ignore[union-attr]
+    assert again.limbeck_config["model"]["args"]["denoiser"]["args"]["model"]["num_class_embeds"] == 11
+
+
+# ---- a whole pipeline as a teacher -----------------------------------------------------------------------------------------
+
+LATENT = (4, 4, 4)
+PROMPTS = ["a cat", "a dog on a mat"]
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusionPipeline of random weights with a tokenizer of letters."""
+    transformers = pytest.importorskip("transformers")
+    place = tmp_path_factory.mktemp("stable")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (place / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (place / "merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    tokenizer = transformers.CLIPTokenizer(str(place / "vocab.json"), str(place / "merges.txt"), model_max_length=12)
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=12,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    scheduler = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4,
+        latent_channels=4, sample_size=8,
+    )  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, sample_size=4, **{**TEXT, "cross_attention_dim": 8})
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=transformers.CLIPTextModel(config), tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.save_pretrained(place / "pipeline")
+    return place / "pipeline"
+
+
+def test_a_pipeline_says_the_same_as_in_diffusers(stable: Path) -> None:
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(stable, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    opened = latents.open_pipeline(stable)
+    table = opened.table(PROMPTS)
+    theirs, null = pipeline.encode_prompt(PROMPTS, "cpu", 1, True)
+    torch.testing.assert_close(table, torch.cat([theirs, null[:1]]))
+    denoiser = latents.diffusers_pipeline(LATENT, 2, str(stable), PROMPTS)
+    assert (denoiser.num_classes, denoiser.prediction, denoiser.schedule.name, denoiser.shape) == (2, "eps", "vp", LATENT)
+    x, n = torch.randn(2, *LATENT), 500
+    t = torch.full((2,), n / 1000, dtype=torch.float64)
+    with torch.no_grad():
+        both = pipeline.unet(torch.cat([x, x]), n, torch.cat([null, theirs])).sample
+        free, given = both.chunk(2)
+        found = Guided(denoiser, 7.5)(x, t, torch.tensor([0, 1]), out="eps")
+    torch.testing.assert_close(found, free + 7.5 * (given - free), rtol=1e-4, atol=1e-4)
+    # latents and images, as the pipeline scales them
+    images = torch.rand(3, 3, 8, 8)
+    coded = opened.encode(images)
+    assert coded.shape == (3, *LATENT)
+    with torch.no_grad():
+        by_hand = pipeline.vae.encode(2 * images - 1).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        shown = pipeline(prompt=PROMPTS, latents=x, num_inference_steps=1, output_type="latent").images
+        decoded = pipeline.image_processor.postprocess(pipeline.vae.decode(shown / pipeline.vae.config.scaling_factor).sample, output_type="pt")
+    torch.testing.assert_close(coded, by_hand)
+    torch.testing.assert_close(opened.decode(shown, batch_size=1), decoded)
+
+
+def test_latents_with_prompts_are_data_and_the_denoiser_fits_them(stable: Path, tmp_path: Path) -> None:
+    opened = latents.open_pipeline(stable)
+    images, numbers = torch.rand(12, 3, 8, 8), torch.arange(12) % 2
+    file = latents.write_latents(opened, images, numbers, PROMPTS, tmp_path / "data.safetensors")
+    splits = latents.latents(str(file), test_size=4)
+    assert (len(splits.train), len(splits.test)) == (8, 4)
+    assert list(splits.train.classes) == PROMPTS
+    inputs, targets = splits.train.fetch(torch.arange(8))
+    assert targets is not None
+    assert targets.bincount().tolist() == [4, 4]
+    coded = opened.encode(images)
+    assert all(any(torch.equal(one, other) for other in coded) for one in splits.train.prepare(inputs))
+    torch.testing.assert_close(read_embeddings(file), opened.table(PROMPTS))
+    text = tmp_path / "prompts.txt"
+    text.write_text("a cat\n\na dog on a mat\n")
+    by_pipeline = latents.diffusers_pipeline(LATENT, 2, str(stable), str(text)).eval()
+    by_file = diffusers_unet_condition(LATENT, 2, str(stable), embeddings=str(file)).eval()
+    x, t = inputs[:2], torch.full((2,), 0.3, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(by_pipeline(x, t, targets[:2]), by_file(x, t, targets[:2]))
+
+
+def test_what_is_saved_of_a_pipeline_needs_neither_folder_nor_text_encoder(stable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.CATALOGUE, "diffusers_pipeline", "limbeck.diffusion.latents:diffusers_pipeline")
+    shutil.copytree(stable, tmp_path / "source")
+    component = Component(name="diffusers_pipeline", args={"path": str(tmp_path / "source"), "prompts": PROMPTS})
+    denoiser: Any = build_model(component, num_classes=2, input_shape=LATENT, seed=0)
+    generator = Generator(denoiser, [0.999])
+    around = Component(name="generator", args={"denoiser": component.model_dump(mode="json"), **generator.arguments})
+    save(Artefact("generator", generator), tmp_path / "run", model=around, num_classes=2, input_shape=LATENT, preprocess={}, classes=PROMPTS, extra={})
+    expected = generator.sample(3)
+    shutil.rmtree(tmp_path / "source")
+    again: Any = load(tmp_path / "run")
+    assert again.limbeck_config["model"]["args"]["denoiser"]["name"] == "diffusers_unet_condition"
+    assert torch.equal(again.sample(3), expected)
+
+
+def test_what_is_no_pipeline_is_told(stable: Path, folders: Path, tmp_path: Path) -> None:
+    file = latents.write_embeddings(latents.open_pipeline(stable), PROMPTS, tmp_path / "prompts.safetensors")
+    cases: list[tuple[Callable[[], object], str]] = [
+        (lambda: latents.open_pipeline(tmp_path), "model_index.json"),
+        (lambda: latents.open_pipeline(folders / "v"), "vae is None"),
+        (lambda: latents.diffusers_pipeline(LATENT, 3, str(stable), PROMPTS), "2 prompts, the data have 3"),
+        (lambda: latents.diffusers_pipeline(LATENT, 3, str(stable), "no file"), "no file"),
+        (lambda: latents.diffusers_pipeline((3, 4, 4), 2, str(stable), PROMPTS), "takes 4 channels"),
+        (lambda: latents.latents(str(file)), "'latents' and 'targets'"),
+        (lambda: latents.latents("none"), "no such file"),
+        (lambda: latents.write_latents(latents.open_pipeline(stable), torch.rand(2, 3, 8, 8), torch.tensor([0, 2]), PROMPTS, file), "2 prompts"),
+    ]
+    for call, words in cases:
+        with pytest.raises(InputError) as caught:
+            call()
+        assert words in str(caught.value)
+    shutil.copytree(stable, tmp_path / "torn")
+    shutil.rmtree(tmp_path / "torn" / "vae")
+    with pytest.raises(InputError, match="cannot be opened"):
+        latents.open_pipeline(tmp_path / "torn")
+
+
+def test_the_recipe_for_stable_diffusion_is_one() -> None:
+    recipe = Recipe.read(Path(__file__).resolve().parents[2] / "recipes" / "sd_dmd2.yaml")
+    assert recipe.teacher[0].model.name == "diffusers_pipeline"
+    assert recipe.student is not None
+    assert recipe.student.model == recipe.teacher[0].model

@@ -223,3 +223,45 @@ def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(MissingExtra, match="diffusers"):
         exporter.export_diffusers(inner, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# ---- ONNX of the same generators -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one step", "unconditional", "signal images", "direct", "attention, one step", "their u-net, one step", "their text"])
+def test_one_call_as_onnx(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    if name.endswith(", one step"):
+        component, shape, classes = CASES[name.removesuffix(", one step")]
+        args = {**component.args, "times": component.args["times"][:1]}
+        monkeypatch.setitem(CASES, name, (Component(name="generator", args=args), shape, classes))
+    module = artefact(name, tmp_path / "run" / "artefact")
+    report = export(tmp_path / "run", "onnx")
+    session = onnxruntime.InferenceSession(report.path)
+    assert [one.name for one in session.get_inputs()] == (["noise", "labels"] if module.num_classes else ["noise"])
+    for count in (1, 7):
+        noise = torch.randn(count, *module.shape)
+        labels = torch.arange(count) % module.num_classes if module.num_classes else None
+        feed = {"noise": noise.numpy()} | ({} if labels is None else {"labels": labels.numpy()})
+        [found] = session.run(["samples"], feed)
+        with torch.no_grad():
+            expected = module.scale(module(noise, labels))
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == ([f"class {i}" for i in range(module.num_classes)] if module.num_classes else [])
+
+
+def test_several_calls_are_no_onnx_graph(tmp_path: Path) -> None:
+    artefact("four steps", tmp_path / "run")
+    with pytest.raises(InputError, match=r"4 calls with fresh noise.*--to diffusers"):
+        export(tmp_path / "run", "onnx")
+    component = Component.model_validate(mlp())
+    denoiser = build_model(component, num_classes=3, input_shape=(2,), seed=0)
+    save(Artefact("denoiser", denoiser), tmp_path / "teacher", model=component, num_classes=3, input_shape=(2,), preprocess={}, classes=(), extra={})
+    for to in ("onnx", "diffusers"):
+        with pytest.raises(InputError, match=r"[Dd]istil"):
+            export(tmp_path / "teacher", to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "teacher"]

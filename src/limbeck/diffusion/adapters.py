@@ -12,7 +12,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +46,7 @@ def library() -> Any:
 # ---- networks -------------------------------------------------------------------------------------------------------------
 
 
-class _Enough(Exception):  # noqa: N818
+class _Enough(Exception):
     """The deepest tap has been reached."""
 
 
@@ -88,15 +88,16 @@ class AdaptedNetwork(nn.Module, ABC):
         return self.call(x, time.reshape(-1).expand(len(x)), cond)[:, : x.shape[1]]
 
     def features(self, x: Tensor, time: Tensor, cond: Tensor | None, taps: Sequence[str]) -> dict[str, Tensor]:
-        """The features at the taps, [B, channels, height, width] each; nothing behind the deepest of them runs. Raises InputError as `forward`, and for a tap."""
+        """The features at the taps, [B, channels, height, width] each; nothing behind the deepest of them runs.
+
+        Raises:
+            InputError: as `forward`; or there is no such tap.
+        """
         wanted = self._check(x, cond, taps)
         if not wanted:
             return {}
-        with self._listening(wanted, stop=True) as found:
-            try:
-                self.call(x, time.reshape(-1).expand(len(x)), cond)
-            except _Enough:
-                pass
+        with self._listening(wanted, stop=True) as found, suppress(_Enough):
+            self.call(x, time.reshape(-1).expand(len(x)), cond)
         return found
 
     def forward_with(self, x: Tensor, time: Tensor, cond: Tensor | None, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -274,8 +275,9 @@ class TextUNet(AdaptedNetwork):
 
 
 class DiffusersDenoiser(NetworkDenoiser):
-    """A `NetworkDenoiser` around an adapted network that knows the arguments which build it again without a folder (JSON values)."""
+    """A `NetworkDenoiser` around an adapted network that knows what builds it again without a folder: a builder's name and its arguments (JSON values)."""
 
+    builder: str
     arguments: Mapping[str, Any]
 
     def null(self, count: int, device: torch.device) -> Tensor | None:
@@ -367,9 +369,26 @@ def diffusers_unet_condition(
     Raises:
         InputError: as `diffusers_unet`, or the file holds something else.
     """
+    table = None if embeddings is None else read_embeddings(embeddings)
+    return text_denoiser(input_shape, num_classes, model, table, tokens, schedule, prediction, precondition, sigma_data)
+
+
+def text_denoiser(
+    input_shape: Sequence[int],
+    num_classes: int,
+    model: str | Mapping[str, Any],
+    table: Tensor | None,
+    tokens: int = 77,
+    schedule: Schedule | None = None,
+    prediction: Kind | None = None,
+    precondition: Precondition = "none",
+    sigma_data: float = 0.5,
+) -> DiffusersDenoiser:
+    """As `diffusers_unet_condition`, of a table [K + 1, L, E] itself; None: random. Raises what it raises."""
     channels, height, width = image_shape(input_shape)
     network, trained = _Source("UNet2DConditionModel", "unet", model).read(_sides(channels, height, width))
-    table = torch.randn(num_classes + 1, whole_number(tokens, "tokens"), _text_width(network)) if embeddings is None else read_embeddings(embeddings)
+    if table is None:
+        table = torch.randn(num_classes + 1, whole_number(tokens, "tokens"), _text_width(network))
     if len(table) != num_classes + 1:
         raise InputError(f"there are {len(table) - 1} prompts, the data have {num_classes} classes.", where="embeddings")
     made = TextUNet(network, input_shape, table)
@@ -387,6 +406,10 @@ def read_embeddings(file: str | Path) -> Tensor:
     if {"prompts", "null"} - held.keys() or held["prompts"].dim() != 3 or held["null"].shape != held["prompts"].shape[1:]:
         raise InputError("it must hold 'prompts' [K, L, E] and 'null' [L, E].", where=str(file))
     return torch.cat([held["prompts"], held["null"][None]]).float()
+
+
+BUILDERS: Mapping[type[AdaptedNetwork], str] = {UNet: "diffusers_unet", DiT: "diffusers_dit", TextUNet: "diffusers_unet_condition"}
+"""Names in `limbeck.models.CATALOGUE`."""
 
 
 def _text_width(network: Any) -> int:
@@ -421,6 +444,7 @@ def _denoiser(
         prediction = "x0" if precondition != "none" else trained.prediction if trained is not None else usual
     denoiser = DiffusersDenoiser(network, made, prediction=prediction, precondition=precondition, sigma_data=sigma_data)
     fields = {key: value for key, value in json.loads(network.model.to_json_string()).items() if not key.startswith("_")}  # type: ignore[operator]
+    denoiser.builder = BUILDERS[type(network)]
     denoiser.arguments = {
         "model": fields, "schedule": chosen if isinstance(chosen, str) else dict(chosen), "prediction": prediction, "precondition": precondition,
         "sigma_data": float(sigma_data), **more,

@@ -219,6 +219,8 @@ class SignalGenerator(Sampling):
         InputError: the network has no time embedding to add to, or the scale or the range make no sense.
     """
 
+    builder = "signal_generator"
+
     def __init__(
         self,
         denoiser: NetworkDenoiser,

@@ -25,7 +25,7 @@ def export(path: Path | str, to: str, output: Path | str | None = None, *, model
     """Write the artefact of a run folder or artefact folder in another format (a key of FORMATS).
 
     Args:
-        output: the file (onnx) or folder to write, replaced where it is an earlier export; None: beside the artefact (artefact.onnx, artefact-hf, artefact-diffusers).
+        output: the file (onnx) or folder to write, replaced where it is an earlier export; None: beside the artefact (artefact.onnx, artefact-hf, …).
         model, trust_imports: as for `load`.
 
     Returns:
@@ -52,4 +52,11 @@ def export(path: Path | str, to: str, output: Path | str | None = None, *, model
     config = read_config(source)
     if config.input_shape is None:
         raise InputError("the artefact does not say what shape its inputs have.", where=str(source), fix="Call export_onnx(module, input_shape, path).")
-    return export_onnx(module, config.input_shape, output, classes=config.classes, preprocess=config.preprocess)
+    if config.kind == "denoiser":
+        raise InputError("a denoiser is no graph of its own: sampling takes many calls.", where=str(source), fix="Distil it into a generator of one step.")
+    if config.kind != "generator":
+        return export_onnx(module, config.input_shape, output, classes=config.classes, preprocess=config.preprocess)
+    from limbeck.export.calls import one_call
+
+    made = one_call(module)
+    return export_onnx(made, config.input_shape, output, classes=config.classes if made.num_classes else ())  # samples leave in data units

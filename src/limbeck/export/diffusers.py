@@ -1,7 +1,7 @@
 """A generator as a folder that diffusers alone opens and samples from: its own code, its weights, and a table of numbers in place of limbeck's samplers.
 
 All that a sampler of ours does between two network calls is linear in x, x̂0 and fresh noise, with factors that depend on the time alone. They are computed
-here, once (`sampling_table`), so that the folder's pipeline.py knows no schedule, no preconditioning and no kind of prediction. The networks' code is taken
+once (`calls.sampling_table`), so that the folder's pipeline.py knows no schedule, no preconditioning and no kind of prediction. The networks' code is taken
 from limbeck's own sources (`network_source`), so that it cannot fall behind. The folder is sampled from and compared before it takes its place.
 """
 
@@ -18,20 +18,17 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import limbeck
 from limbeck import errors
-from limbeck.diffusion import networks, samplers
+from limbeck.diffusion import networks
 from limbeck.diffusion.adapters import AdaptedNetwork, TextUNet
-from limbeck.diffusion.build import NoiseMap
-from limbeck.diffusion.consistency import ConsistencyGenerator
 from limbeck.diffusion.denoisers import NetworkDenoiser
-from limbeck.diffusion.generator import DirectGenerator, Generator, Sampling
+from limbeck.diffusion.generator import Sampling
 from limbeck.diffusion.networks import MLPNetwork, UNetNetwork
-from limbeck.diffusion.schedules import NoiseSchedule
-from limbeck.diffusion.signal import SignalGenerator, time_layer
 from limbeck.errors import InputError, LimbeckError, MissingExtra
+from limbeck.export.calls import plain_network, sampling_table
 from limbeck.export.folder import Exported, replace_folder
 from limbeck.files import write_atomic
 from limbeck.models import arguments as checks
@@ -42,8 +39,6 @@ MARKS = frozenset({INDEX, PIPELINE, NETWORK})
 TOLERANCE = 1e-5
 """Bound of the largest difference between the folder's samples and the generator's, relative to the largest sample."""
 SAMPLES = 4  # that the check draws
-
-Row = dict[str, float]
 
 
 def export_diffusers(generator: nn.Module, output: Path | str) -> Exported:
@@ -63,7 +58,9 @@ def export_diffusers(generator: nn.Module, output: Path | str) -> Exported:
     if not isinstance(generator, Sampling):
         raise InputError(f"{type(generator).__name__} makes no samples.", where="--to", fix="Export a generator; a denoiser has to be distilled first.")
     table, start = sampling_table(generator)
-    network, state, mean = _network(generator)
+    network, mean = plain_network(generator)
+    if type(network) not in (MLPNetwork, UNetNetwork) and not isinstance(network, AdaptedNetwork):
+        raise InputError(f"{type(network).__name__} is neither a network of limbeck nor of diffusers; its code cannot be put into the folder.", where="--to")
     known: dict[str, Any] = getattr(generator, "limbeck_config", {})
     settings = {
         "table": table, "start": start, "shape": list(generator.shape), "num_classes": generator.num_classes,
@@ -82,6 +79,7 @@ def export_diffusers(generator: nn.Module, output: Path | str) -> Exported:
             kind, arguments = _arguments(network)
             config = {"_class_name": "Network", "_diffusers_version": version, "kind": kind, "arguments": arguments}
             write_atomic(place / "config.json", json.dumps(config, indent=2) + "\n")
+            state = {f"network.{name}": value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
             (place / WEIGHTS).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
             write_atomic(place / f"{NETWORK}.py", network_source())
             component = [NETWORK, "Network"]
@@ -94,109 +92,7 @@ def export_diffusers(generator: nn.Module, output: Path | str) -> Exported:
     return Exported.of(replace_folder(output, write, marks=MARKS))
 
 
-# ---- the sampler as numbers -----------------------------------------------------------------------------------------------
-
-
-def sampling_table(generator: Sampling) -> tuple[list[Row], float]:
-    """One row a network call, and what the start noise is multiplied by.
-
-    input, time: what the network is given, input·x and time. skip, out: x̂0 = skip·x + out·network. keep, signal, noise: the next x.
-
-    Raises:
-        InputError: the generator samples in another way, or its denoiser is no network.
-    """
-    if isinstance(generator, DirectGenerator):
-        return [_row({"input": 1.0, "time": 0.0}, (0.0, 1.0))], 1.0
-    denoiser: Any = getattr(generator, "denoiser", None)
-    if type(generator) not in (Generator, ConsistencyGenerator, SignalGenerator):
-        raise InputError(f"how {type(generator).__name__} samples is not known to this export.", where="--to")
-    if not isinstance(denoiser, NetworkDenoiser):
-        raise InputError(f"{type(denoiser).__name__} is no network: it cannot be taken out of limbeck.", where="--to")
-    schedule = denoiser.schedule
-    if isinstance(generator, SignalGenerator):
-        top, end = _at(schedule.t_max), _at(schedule.t_min)
-        return [_row({"input": _given(denoiser, top)[0], "time": _given(denoiser, end)[1]}, _answer(denoiser, top))], _start(schedule, top)
-    assert isinstance(generator, Generator)
-    rows = []
-    for now, after in zip(generator.times, (*generator.times[1:], None), strict=True):
-        t = _at(now)
-        size, time = _given(denoiser, t)
-        rows.append(_row({"input": size, "time": time}, _answer(denoiser, t), None if after is None else _step(generator, t, _at(after))))
-    return rows, _start(schedule, _at(generator.times[0]))
-
-
-_ZERO, _ONE = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-
-
-def _at(time: float) -> Tensor:
-    return torch.tensor([time], dtype=torch.float64)
-
-
-def _row(given: Row, answer: tuple[float, float], step: tuple[float, float, float] | None = None) -> Row:
-    keep, signal, noise = step or (0.0, 1.0, 0.0)
-    return {**given, "skip": answer[0], "out": answer[1], "keep": keep, "signal": signal, "noise": noise}
-
-
-def _start(schedule: NoiseSchedule, t: Tensor) -> float:
-    return float(schedule.start(_ONE, t))
-
-
-def _given(denoiser: NetworkDenoiser, t: Tensor) -> tuple[float, float]:
-    """The factor of x, and the network's time in float32."""
-    return float(denoiser.inputs(_ONE, t)[0]), float(denoiser.inputs(_ONE.float(), t)[1])
-
-
-def _answer(denoiser: NetworkDenoiser, t: Tensor) -> tuple[float, float]:
-    """x̂0 = skip·x + out·network."""
-    return float(denoiser.outputs(_ONE, t, _ZERO, "x0")), float(denoiser.outputs(_ZERO, t, _ONE, "x0"))
-
-
-def _step(generator: Generator, t: Tensor, s: Tensor) -> tuple[float, float, float]:
-    """Factors of x, x̂0 and fresh noise in the x at the next time: what the samplers make of ones."""
-    schedule = generator.denoiser.schedule
-
-    def after(x: Tensor, x0: Tensor, noise: Tensor) -> float:
-        if isinstance(generator, ConsistencyGenerator):
-            return float(samplers.lift(schedule, x0, _at(schedule.t_min), s, noise))
-        if generator.mode == "ode":
-            return float(samplers.ddim_step(schedule, x, x0, t, s))
-        if generator.mode == "renoise" or generator.share == 1:
-            return float(schedule.add_noise(x0, noise, s))
-        below = (1 - generator.share) * s
-        return float(samplers.lift(schedule, samplers.ddim_step(schedule, x, x0, t, below), below, s, noise))
-
-    return after(_ONE, _ZERO, _ZERO), after(_ZERO, _ONE, _ZERO), after(_ZERO, _ZERO, _ONE)
-
-
 # ---- the network as code --------------------------------------------------------------------------------------------------
-
-
-def _network(generator: Sampling) -> tuple[Any, dict[str, Tensor], list[float]]:
-    """The network, its weights for the folder, and the data's mean: a guidance scale goes into a bias, a map's offset into the mean.
-
-    Raises:
-        InputError: the network is neither limbeck's nor diffusers'.
-    """
-    scale = generator.scale
-    inner: Any = generator.module if isinstance(generator, DirectGenerator) else generator.denoiser  # type: ignore[union-attr]
-    network: Any = getattr(inner, "network", None)
-    known = type(network) in (MLPNetwork, UNetNetwork) or (isinstance(network, AdaptedNetwork) and not isinstance(generator, DirectGenerator))
-    if not known or (isinstance(generator, DirectGenerator) and type(inner) is not NoiseMap):
-        raise InputError(
-            f"{type(network or inner).__name__} is neither a network of limbeck nor of diffusers; its code cannot be put into the folder.", where="--to"
-        )
-    if isinstance(network, AdaptedNetwork):
-        return network, {}, scale.mean.tolist()
-    state = {f"network.{name}": value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
-    if isinstance(generator, SignalGenerator) and generator.guidance is not None:
-        layer = [part for part in time_layer(network)[0].modules() if isinstance(part, nn.Linear)][-1]
-        name = next(name for name, part in network.named_modules() if part is layer)
-        with torch.no_grad():
-            state[f"network.{name}.bias"] += generator.guidance(torch.tensor([generator.guidance_scale], device=layer.weight.device))[0].cpu()
-    mean = scale.mean.cpu()
-    if isinstance(inner, NoiseMap):
-        mean = mean + inner.offset.detach().cpu().flatten() * scale.std.cpu()
-    return network, state, mean.tolist()
 
 
 def _arguments(network: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -225,7 +121,7 @@ def network_source() -> str:
     """One file with limbeck's networks as a model of diffusers: the sources of errors, of argument checks and of networks, without imports of limbeck."""
     sources = [inspect.getsource(module) for module in (errors, checks, networks)]
     wrapper = _source("limbeck.export.standalone_network")
-    head = '"""Networks of limbeck as a model of diffusers, put together by limbeck from its own sources; no limbeck is needed."""\n\nfrom __future__ import annotations\n'
+    head = '"""Networks of limbeck as a model of diffusers, put together from its sources; it needs no limbeck."""\n\nfrom __future__ import annotations\n\n'
     return head + "\n\n".join(_without_imports(source) for source in (*sources, wrapper))
 
 

@@ -55,7 +55,8 @@ def export_onnx(
     """Write the module in eval mode as ONNX with a free batch axis, and compare onnxruntime with it on seeded inputs.
 
     Args:
-        input_shape: of one float32 input, without the batch axis; the graph's names are 'input' and 'logits'.
+        module: a network input → logits, or a generator of one call (`calls.OneCall`), noise (and labels) → samples: these are the graph's names.
+        input_shape: of one float32 input, without the batch axis.
         classes, preprocess: kept as JSON in the file's metadata.
 
     Raises:
@@ -97,19 +98,33 @@ def _inputs(batch_size: int, input_shape: Sequence[int]) -> Tensor:
     return torch.randn(batch_size, *input_shape, generator=generator)
 
 
+def _names(module: nn.Module) -> tuple[list[str], str]:
+    """Of the graph's inputs and its output."""
+    if not getattr(module, "generates", False):
+        return ["input"], "logits"
+    return ["noise", "labels"] if module.num_classes else ["noise"], "samples"
+
+
+def _batch(module: nn.Module, batch_size: int, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """As many tensors as the graph has inputs; labels are classes in turn."""
+    inputs = (_inputs(batch_size, input_shape),)
+    return (*inputs, torch.arange(batch_size) % int(module.num_classes)) if len(_names(module)[0]) == 2 else inputs  # type: ignore[arg-type]
+
+
 def _write(module: nn.Module, input_shape: Sequence[int], path: Path, metadata: Mapping[str, str]) -> int:
     """Export, add the metadata, check the graph; returns the opset."""
     import onnx
 
+    inputs, output = _names(module)
     with _quiet():
         try:
             program = torch.onnx.export(
                 module,
-                (_inputs(2, input_shape),),
+                _batch(module, 2, input_shape),
                 dynamo=True,
-                input_names=["input"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                input_names=inputs,
+                output_names=[output],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) * len(inputs),
                 verbose=False,
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
@@ -124,11 +139,11 @@ def _write(module: nn.Module, input_shape: Sequence[int], path: Path, metadata: 
 
 def _difference(module: nn.Module, input_shape: Sequence[int], path: Path) -> tuple[float, float]:
     """The largest |onnxruntime − module| and the largest |module|, over all batch sizes; NaN where there is one."""
-    batches = [_inputs(batch_size, input_shape) for batch_size in BATCH_SIZES]
+    batches = [_batch(module, batch_size, input_shape) for batch_size in BATCH_SIZES]
     with torch.no_grad():
-        expected = [module(batch) for batch in batches]
+        expected = [module(*batch) for batch in batches]
     try:
-        found = _answers(path, batches)
+        found = _answers(path, batches, *_names(module))
     except Exception as error:  # onnxruntime's own classes have no common base
         raise LimbeckError(f"onnxruntime cannot run the exported {type(module).__name__}: {_reason(error)}") from error
     for ours, theirs in zip(expected, found, strict=True):
@@ -138,14 +153,15 @@ def _difference(module: nn.Module, input_shape: Sequence[int], path: Path) -> tu
     return float((found_N - expected_N).abs().max()), float(expected_N.abs().max())
 
 
-def _answers(path: Path, batches: Sequence[Tensor]) -> list[Tensor]:
+def _answers(path: Path, batches: Sequence[tuple[Tensor, ...]], inputs: Sequence[str], output: str) -> list[Tensor]:
     """onnxruntime's outputs for each batch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return [torch.from_numpy(session.run(["logits"], {"input": batch.numpy()})[0]) for batch in batches]
+    given = [{name: tensor.numpy() for name, tensor in zip(inputs, batch, strict=True)} for batch in batches]
+    return [torch.from_numpy(session.run([output], feed)[0]) for feed in given]
 
 
 def _reason(error: BaseException) -> str:

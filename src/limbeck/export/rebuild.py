@@ -31,6 +31,9 @@ def self_contained(component: Component, module: nn.Module) -> Component:
     known: Any = getattr(module, "arguments", None)
     if _path(component).startswith(_OF_FOLDERS) and isinstance(known, Mapping):
         args = {key: args[key] for key in ("num_classes", "input_shape") if key in args} | dict(known)
+        name = str(getattr(module, "builder", component.name))
+        if models.CATALOGUE.get(name) != _path(component):
+            return Component(name=name, args=args)
     source = args.get("model")
     network: Any = getattr(module, "network", None)
     if _path(component) == models.CATALOGUE["transformers"] and isinstance(source, str) and hasattr(network, "config"):

@@ -17,6 +17,7 @@ from limbeck.diffusion.f_divergences import DIVERGENCES
 from limbeck.diffusion.ratio import density_ratio, noise_bins
 from limbeck.diffusion.schedules import EDM
 from limbeck.errors import InputError
+from limbeck.evaluate.samples import energy_distance
 from limbeck.methods.generators.f_distill import FDistill
 from limbeck.train.config import TrainConfig
 from limbeck.train.trainer import Trainer
@@ -256,18 +257,21 @@ def trained(folder, steps: int, **knobs):
     settings = {"start": "fresh", "critic": "student", "discriminator": "own", "divergence": "forward_kl", "bin_decay": 0.5, "generator_every": 3}
     method = FDistill(**settings | knobs)
     method.bind(student=network(1, widths=(24, 24)), teacher=mixture_denoiser([[0.0, 0.0]], 0.3), train=splits.train, seed=0)
-    config = TrainConfig(steps=steps, batch_size=64, optimiser={"name": "adam", "lr": 3e-3}, ema=0.9, checkpoint_steps=20, log_every=20)
+    config = TrainConfig(
+        steps=steps, batch_size=64, optimiser={"name": "adam", "lr": 4e-3, "schedule": {"name": "cosine"}}, ema=0.9, checkpoint_steps=20, log_every=20
+    )
     return method, Trainer(method, splits.train, config, seed=0, folder=folder, cpu=True)
 
 
 def test_a_small_run_reaches_the_teachers_distribution() -> None:
-    method, trainer = trained(None, 1000)
+    method, trainer = trained(None, 800)
     before = method.generator.sample(2000, seed=1)
     found = trainer.fit()
     x = method.generator.sample(2000, seed=1)
-    assert not (before.std(0) == pytest.approx([0.3, 0.3], abs=0.1) and before.mean(0) == pytest.approx([0.0, 0.0], abs=0.1))
-    assert x.mean(0) == pytest.approx([0.0, 0.0], abs=0.12)
-    assert x.std(0) == pytest.approx([0.3, 0.3], abs=0.1)
+    real = 0.3 * torch.randn(2000, 2, generator=torch.Generator().manual_seed(5))
+    assert energy_distance(real, x) < 0.1 * energy_distance(real, before)
+    assert x.mean(0).tolist() == pytest.approx([0.0, 0.0], abs=0.1)
+    assert x.std(0).tolist() == pytest.approx([0.3, 0.3], abs=0.15)
     metrics = method.facts()["metrics"]
     assert set(metrics) == {"clipped", "weight_cv", "direction_cv"}
     assert 0 <= metrics["clipped"] < 0.5
@@ -384,8 +388,8 @@ def test_a_corner_has_the_chosen_gaussians_in_the_units_of_the_whole() -> None:
 
 def test_the_first_fit_learns_both_trades() -> None:
     corner = grid_corner(GRID, [0, 1, 3])
-    method = KnownModes(pairs=256, steps=6).bind(student=network(1, widths=(24, 24)), train=corner.train, seed=0)
-    assert torch.cdist(method.target.double(), network_mixture_of(corner.train).means_KD).min(1).values.mean() < 0.1  # its samples are of the corner
+    method = KnownModes(pairs=256).bind(student=network(1, widths=(24, 24)), train=corner.train, seed=0)
+    assert torch.cdist(method.target.double(), network_mixture_of(corner.train).means_KD).min(1).values.mean() < 0.12  # its samples are of the corner
     optimiser = torch.optim.Adam(method.student.parameters(), 5e-3)
     x = corner.train.prepare(corner.train.fetch(torch.arange(64))[0])
     losses = []

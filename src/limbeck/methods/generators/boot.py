@@ -22,13 +22,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from limbeck import seeds
-from limbeck.components import Component
-from limbeck.contract import Artefact, Batch, Clock, Frozen, Paper, Phase, Player, Update
-from limbeck.data import preprocessing
+from limbeck.contract import Batch, Clock, Frozen, Paper, Phase, Player, Update
 from limbeck.diffusion import samplers, signal
 from limbeck.diffusion.denoisers import NetworkDenoiser
 from limbeck.diffusion.distribution import normal, random_labels
-from limbeck.diffusion.generator import DataScale
+from limbeck.diffusion.generator import data_scale
 from limbeck.errors import InputError
 from limbeck.methods.generators._base import GeneratorMethod, same_weights
 
@@ -88,16 +86,11 @@ class Boot(GeneratorMethod):
             raise InputError("guidance needs a teacher with classes.", where="method.guidance_scale", fix="Set it to 1, without guidance_range.")
         if config.start == "teacher":
             same_weights(student, teacher)
+        scale = data_scale(self.train_data, teacher.shape)
         self.g = signal.SignalGenerator(
-            student, guidance_range=config.guidance_range, guidance_scale=config.guidance_scale, space=config.space, scale=self.scale_unseen()
+            student, guidance_range=config.guidance_range, guidance_scale=config.guidance_scale, space=config.space, scale=scale
         )  # fmt: skip
         return self.g
-
-    def scale_unseen(self) -> DataScale:
-        """From network units to the data's, as their normalisation says; no sample is looked at."""
-        said: Any = {} if self.train_data is None else preprocessing(self.train_data)
-        bounded = self.train_data is not None and (said.get("divide_by") == 255.0 or len(self.denoiser_teacher.shape) == 3)
-        return DataScale(said.get("mean", ()), said.get("std", ()), bounded=bounded)
 
     def players(self) -> Mapping[str, Player]:
         """The generator: the student's network and, with a range of guidance, the embedding of κ."""
@@ -168,14 +161,6 @@ class Boot(GeneratorMethod):
                 x = samplers.ddim(self.guided, schedule.start(noise, samplers.at(schedule.t_max, noise)), schedule.steps(_LOOK_STEPS), cond)
             self.spread = float(x.flatten(1).std(0).mean())
         return self.spread
-
-    def artefact(self) -> Artefact:
-        """The signal generator around the student."""
-
-        def around(component: Component) -> Component:
-            return Component(name="signal_generator", args={"denoiser": component.model_dump(mode="json"), **self.g.arguments})
-
-        return Artefact("generator", self.g, around=around)
 
     def facts(self) -> dict[str, Any]:
         """Teacher calls (samples × passes, of this process), and how much the network's errors are magnified in the sample."""

@@ -43,9 +43,9 @@ class DisBackConfig(GeneratorConfig):
     targets: Literal["path", "teacher"] = Field(
         "path", description="'path': the recorded nodes in reverse (5); 'teacher': θ alone, with the critic warmed by stage 1 all the same (a control, ours)"
     )
-    stage1_steps: int = Field(300, ge=0, description="critic steps on the initial student (SDXL code: 1000); 0: plain score distillation, no path")
-    record_every: int = Field(60, ge=1, description="of which every so many are kept as a node, and the last one (SDXL code: 100)")
-    iterations_per_node: int = Field(300, ge=1, description="m2, generator updates with each target but the last (SDXL code: 1000)")
+    stage1_steps: int = Field(1000, ge=0, description="critic steps on the initial student (SDXL code: 1000); 0: plain score distillation, no path")
+    record_every: int = Field(100, ge=1, description="of which every so many are kept as a node, and the last one (SDXL code: 100)")
+    iterations_per_node: int = Field(1000, ge=1, description="m2, generator updates with each target but the last (SDXL code: 1000)")
     ratio: int = Field(1, ge=1, le=1000, description="R, critic updates for one of the generator, before it (Diff-Instruct: 1; SDXL code: 5)")
     settle_steps: int = Field(0, ge=0, description="critic updates more where the target has just changed (ours; paper: 0)")
     weight: Literal["unit", "normalised"] = Field(
