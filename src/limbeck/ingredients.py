@@ -33,7 +33,7 @@ class Prepared:
     train: Data
     test: Data
     validation: Data | None
-    num_classes: int
+    num_classes: int  # 0: the data have neither classes nor targets
     input_shape: tuple[int, ...]
     pool: Tensor | None = None
     """Positions in `train` of the extra, unlabelled inputs of `data.pool`."""
@@ -114,7 +114,8 @@ def prepare(spec: DataSpec, seed: int) -> Prepared:
         except InputError as error:
             raise error.at("data.pool") from error
         pool = torch.arange(own, len(train))
-    return Prepared(train, test, validation, splits.num_classes, tuple(splits.input_shape), pool)
+    unlabelled = not splits.train.classes and splits.train.targets is None
+    return Prepared(train, test, validation, 0 if unlabelled else splits.num_classes, tuple(splits.input_shape), pool)
 
 
 @contextmanager

@@ -234,3 +234,15 @@ def test_the_teachers_ladder_counts_guided_calls_twice():
     arms = runner.kind.teacher_arms(0, teacher, student, prepared, reference)
     assert [(arm.role, arm.outcome.measures["calls"]) for arm in arms] == [("teacher", 10), ("other", 4), ("alone", 2)]
     assert isinstance(runner.kind.sampling(teacher, prepared), TeacherSampler)
+
+
+def test_data_without_labels_make_unconditional_generators_and_no_classifiers(tmp_path, monkeypatch):
+    unlabelled = {"data": {"source": {"name": "gaussian_grid", "side": 2, "count": 400, "test": 200, "labels": "none"}}, "train": {"steps": 2}}
+    result = distill(Recipe.parse(recipe(**unlabelled)), run=tmp_path / "run")
+    assert limbeck.load(tmp_path / "run").num_classes == 0
+    assert result.metrics["modes_covered"] >= 0
+    monkeypatch.chdir(tmp_path)
+    classifier = {"method": {"name": "supervised", "ratio": None}, "teacher": None, "student": {"model": {"name": "mlp", "hidden": [3]}}, **unlabelled}
+    called = command("distill", write(tmp_path, recipe(**classifier)))
+    assert called.code == 2
+    assert "neither class names nor targets" in called.err

@@ -54,6 +54,7 @@ class AdaptedNetwork(nn.Module, ABC):
     """A model of diffusers as network(x, time, cond), with features read by hooks.
 
     Attributes: model (of diffusers), shape (of one sample), num_classes (labels 0..num_classes−1, num_classes the null class; 0: none).
+    The batch is read as x.shape[0], never len(x), which an ONNX export would take for a constant.
     """
 
     def __init__(self, model: nn.Module, shape: Sequence[int], num_classes: int) -> None:
@@ -85,7 +86,7 @@ class AdaptedNetwork(nn.Module, ABC):
             InputError: x has another shape, or a condition goes to a network without.
         """
         self._check(x, cond, ())
-        return self.call(x, time.reshape(-1).expand(len(x)), cond)[:, : x.shape[1]]
+        return self.call(x, time.reshape(-1).expand(x.shape[0]), cond)[:, : x.shape[1]]
 
     def features(self, x: Tensor, time: Tensor, cond: Tensor | None, taps: Sequence[str]) -> dict[str, Tensor]:
         """The features at the taps, [B, channels, height, width] each; nothing behind the deepest of them runs.
@@ -97,7 +98,7 @@ class AdaptedNetwork(nn.Module, ABC):
         if not wanted:
             return {}
         with self._listening(wanted, stop=True) as found, suppress(_Enough):
-            self.call(x, time.reshape(-1).expand(len(x)), cond)
+            self.call(x, time.reshape(-1).expand(x.shape[0]), cond)
         return found
 
     def forward_with(self, x: Tensor, time: Tensor, cond: Tensor | None, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -142,7 +143,7 @@ class AdaptedNetwork(nn.Module, ABC):
 
     def labels(self, cond: Tensor | None, x: Tensor) -> Tensor:
         """[B] labels; the null class for None."""
-        return torch.full((len(x),), self.num_classes, dtype=torch.long, device=x.device) if cond is None else cond
+        return torch.full((x.shape[0],), self.num_classes, dtype=torch.long, device=x.device) if cond is None else cond
 
 
 def _blocks(model: Any) -> Mapping[str, tuple[str, int]]:
@@ -223,7 +224,7 @@ class DiT(AdaptedNetwork):
 
     def call(self, x: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
         """See `AdaptedNetwork`. A model for data without classes has one class that nothing uses, and the null class 1."""
-        labels = self.labels(cond, x) if self.num_classes else torch.ones(len(x), dtype=torch.long, device=x.device)
+        labels = self.labels(cond, x) if self.num_classes else torch.ones(x.shape[0], dtype=torch.long, device=x.device)
         return self.model(x, timestep=time, class_labels=labels, return_dict=False)[0]
 
 
@@ -268,7 +269,7 @@ class TextUNet(AdaptedNetwork):
 
     def call(self, x: Tensor, time: Tensor, cond: Tensor | None) -> Tensor:
         """See `AdaptedNetwork`."""
-        return self.model(x, time, encoder_hidden_states=self.embeddings(cond, len(x)).to(x.dtype), return_dict=False)[0]
+        return self.model(x, time, encoder_hidden_states=self.embeddings(cond, x.shape[0]).to(x.dtype), return_dict=False)[0]
 
 
 # ---- denoisers ------------------------------------------------------------------------------------------------------------

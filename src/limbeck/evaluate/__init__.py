@@ -1,1 +1,1 @@
-"""Measuring what came out: quality (`classifier`, `incremental`, generated samples: `samples`, `features`), cost (`cost`), and the statistics of several seeds (`statistics`)."""
+"""Measuring what came out: quality (`classifier`, `incremental`, generators: `samples`, `features`), cost (`cost`), statistics of seeds (`statistics`)."""

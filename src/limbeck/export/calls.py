@@ -114,7 +114,7 @@ def plain_network(generator: Sampling) -> tuple[nn.Module, list[float]]:
         network = copy.deepcopy(network)
         last = [part for part in time_layer(network)[0].modules() if isinstance(part, nn.Linear)][-1]
         with torch.no_grad():
-            last.bias += generator.guidance(torch.tensor([generator.guidance_scale], device=last.bias.device))[0]
+            last.bias.add_(generator.guidance(torch.tensor([generator.guidance_scale], device=last.bias.device))[0])
     return network, scale.mean.tolist()
 
 

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (diffusers' mix-ins tell type checkers nothing)
 """Samples from a generator that limbeck distilled, with diffusers and torch alone.
 
     pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
@@ -11,8 +13,6 @@ import hashlib
 
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin, UNet2DConditionModel, UNet2DModel
-
-ROW = ("input", "time", "skip", "out", "keep", "signal", "noise")
 
 
 def between(seed: int, device: torch.device) -> torch.Generator:
@@ -35,7 +35,7 @@ def predict(network: torch.nn.Module, x: torch.Tensor, time: torch.Tensor, label
     return raw[:, : x.shape[1]]
 
 
-class LimbeckPipeline(DiffusionPipeline):  # type: ignore[misc]
+class LimbeckPipeline(DiffusionPipeline):
     """Noise → samples in as many network calls as `table` has rows.
 
     Args:
@@ -47,14 +47,14 @@ class LimbeckPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __init__(
         self,
         network: ModelMixin,
-        table: list[dict[str, float]] = (),  # type: ignore[assignment]
+        table: list[dict[str, float]] = (),
         start: float = 1.0,
-        shape: list[int] = (),  # type: ignore[assignment]
+        shape: list[int] = (),
         num_classes: int = 0,
-        mean: list[float] = (0.0,),  # type: ignore[assignment]
-        std: list[float] = (1.0,),  # type: ignore[assignment]
+        mean: list[float] = (0.0,),
+        std: list[float] = (1.0,),
         bounded: bool = False,
-        classes: list[str] = (),  # type: ignore[assignment]
+        classes: list[str] = (),
         facts: dict[str, object] | None = None,
     ) -> None:
         super().__init__()

@@ -29,7 +29,9 @@ class ClassifierKind(Kind):
     trains_alone = True
 
     def check(self, prepared: Prepared) -> None:
-        """The test data must have labels."""
+        """There must be classes, and the test data must have labels."""
+        if not prepared.num_classes:
+            raise InputError("the training set has neither class names nor targets.", where="data", fix="Give it targets, or name its classes.")
         if prepared.test.targets is None:
             raise InputError("the test data have no labels to measure against.", where="data")
 
