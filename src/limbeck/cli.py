@@ -114,7 +114,7 @@ def report(run: RunFolder) -> None:
 @app.command()
 def export(
     run: RunFolder,
-    to: Annotated[Literal["onnx", "hf", "safetensors"], typer.Option(help="The format.")],
+    to: Annotated[Literal["onnx", "hf", "diffusers", "safetensors"], typer.Option(help="The format.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File or folder to write.")] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Import the model code that the artefact names, even outside limbeck.")] = False,
 ) -> None:

@@ -49,9 +49,9 @@ class DataScale(nn.Module):
 
 
 def data_scale(data: Data | None, shape: Sequence[int]) -> DataScale:
-    """From network units back to the data's, as they were normalised; images (samples of shape [C, H, W]) are kept within [0, 1]. Fetches nothing."""
+    """From network units back to the data's, as they were normalised; images (samples of one or three channels) are kept within [0, 1]. Fetches nothing."""
     said: Mapping[str, Any] = {} if data is None else preprocessing(data)
-    return DataScale(said.get("mean", ()), said.get("std", ()), bounded=len(shape) == 3)
+    return DataScale(said.get("mean", ()), said.get("std", ()), bounded=len(shape) == 3 and shape[0] in (1, 3))
 
 
 class Sampling(nn.Module, ABC):

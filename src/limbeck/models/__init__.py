@@ -38,6 +38,10 @@ CATALOGUE = {
     "direct_generator": "limbeck.diffusion.build:direct_generator",
     "consistency_generator": "limbeck.diffusion.consistency:consistency_generator",
     "signal_generator": "limbeck.diffusion.signal:signal_generator",
+    "diffusers_unet": "limbeck.diffusion.adapters:diffusers_unet",
+    "diffusers_unet_condition": "limbeck.diffusion.adapters:diffusers_unet_condition",
+    "diffusers_dit": "limbeck.diffusion.adapters:diffusers_dit",
+    "diffusers_pipeline": "limbeck.diffusion.latents:diffusers_pipeline",
 }
 
 _PUBLIC = {

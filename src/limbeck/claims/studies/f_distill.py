@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck import seeds
-from limbeck.contract import Batch, Clock, Frozen, Paper, Update
+from limbeck.contract import Artefact, Batch, Clock, Frozen, Paper, Update
 from limbeck.data import Splits
 from limbeck.data.points import PointData, gaussian_grid, mixture_of, network_mixture_of
 from limbeck.diffusion.denoisers import MixtureDenoiser, NetworkDenoiser, denoising_loss
@@ -88,6 +88,14 @@ class KnownModes(GeneratorMethod):
         with torch.no_grad():
             self.target = torch.cat([exact(part) for part in self.noise.split(512)])
         return Generator(self.student, self.student.schedule.few_steps(1), scale=data_scale(self.train_data, self.student.shape))
+
+    def inference(self) -> nn.Module:
+        """The denoiser itself, from which students of other methods start."""
+        return self.denoiser
+
+    def artefact(self) -> Artefact:
+        """The denoiser."""
+        return Artefact("denoiser", self.denoiser)
 
     def updates(self, batch: Batch, clock: Clock) -> Iterator[Update]:
         """Regression at the top plus denoising below it."""
