@@ -184,9 +184,11 @@ def test_the_critics_trunk_may_learn_from_the_discriminators_loss() -> None:
     torch.testing.assert_close(critic_too.loss, critic.loss + 0.01 * judge.loss)
     judge_too.loss.backward(retain_graph=True)
     assert all(p.grad is None for p in joint.critic.parameters())  # the heads' own step leaves the trunk alone
+    heads = [p.grad.clone() for p in joint.discriminator.parameters()]
     critic_too.loss.backward()
-    reached = [p.grad is not None for p in joint.critic.parameters()]
-    assert all(reached)
+    assert all(p.grad is not None for p in joint.critic.parameters())
+    for before_it, p in zip(heads, joint.discriminator.parameters(), strict=True):
+        assert torch.equal(before_it, p.grad)  # nor does the critic's step touch the heads
     before = gradients(critic.loss, plain.critic)[0]
     assert not torch.allclose(before, next(iter(joint.critic.parameters())).grad)
 
