@@ -31,6 +31,7 @@ from limbeck.errors import InputError
 from limbeck.evaluate.cost import torch_threads
 from limbeck.evaluate.statistics import Latency
 from limbeck.export import folder as artefacts
+from limbeck.export import rebuild
 from limbeck.ingredients import Ingredients, Prepared, from_recipe, make_method, prepare, replay
 from limbeck.kinds import Measured, kind_of
 from limbeck.recipe import CompareSpec, EvaluateSpec, Recipe
@@ -108,9 +109,16 @@ def _finished(runner: Runner, folder: Path) -> Result:
 
 
 def _kept_student(parts: Ingredients, folder: Path) -> nn.Module:
-    own = None if parts.student_spec is not None else parts.student(parts.data(parts.seeds[0]), 0)
-    trusted = parts.student_spec is not None and parts.student_spec.model.target is not None
-    return artefacts.load(folder, model=own, trust_imports=trusted)
+    if parts.student_spec is not None:
+        return artefacts.load(folder, trust_imports=any(part.target is not None for part in rebuild.within(parts.student_spec.model)))
+    prepared = parts.data(parts.seeds[0])
+    method = parts.method()
+    if method.produces == "classifier":
+        return artefacts.load(folder, model=parts.student(prepared, 0))
+    method.bind(  # the artefact is the generator around the student
+        student=parts.student(prepared, 0), teacher=parts.given_teacher, train=prepared.train, num_classes=prepared.num_classes, seed=parts.seeds[0]
+    )
+    return artefacts.load(folder, model=method.inference())
 
 
 def _metrics(runner: Runner, summary: RunSummary) -> dict[str, float]:
@@ -247,7 +255,7 @@ def distill(
     Args:
         recipe: a Recipe or the path of one; then nothing but run, style, fresh and resume_from is given.
         teacher: an nn.Module, a list of them (an ensemble), a `limbeck.Record`, or anything with `logits(batch)`; None for methods without one.
-        student: the module to train; it is trained in place and returned as `Result.student`.
+        student: the module to train; a classifier is trained in place and returned as `Result.student`, a denoiser becomes `Result.student`, a generator.
         data: (train, test), each a torch Dataset of (input, label) pairs, a pair of tensors, or a limbeck data set.
         method: such as `limbeck.methods.KD(temperature=4)`; the default is KD.
         train: a TrainConfig or its fields; the default is 10 epochs of SGD.
@@ -281,7 +289,7 @@ def distill(
         train_data, test_data, None if validation is None else datasets.as_data(validation), classes, tuple(example.shape[1:])
     )  # fmt: skip
     recorded = teacher if isinstance(teacher, Record) else None
-    members = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+    members = list(teacher) if isinstance(teacher, list | tuple) else [copy.deepcopy(teacher) if teacher is student else teacher]
     generates = chosen.produces != "classifier"  # its teacher is no source of logits
     given = None if teacher is None or recorded is not None else kind_of(chosen, EvaluateSpec()).teacher(members) if generates else as_teacher(teacher)
     parts = Ingredients(
@@ -405,6 +413,6 @@ def evaluate_run(folder: str | Path, settings: Sequence[str] = ()) -> dict[str, 
     from limbeck.export import load
 
     recipe = Recipe.read(Path(folder) / "recipe.yaml", settings)
-    module = load(folder, trust_imports=recipe.student.model.target is not None)
+    module = load(folder, trust_imports=any(part.target is not None for part in rebuild.within(recipe.student.model)))
     prepared = prepare(recipe.data, recipe.seeds[0])
     return kind_of(make_method(recipe.method), recipe.evaluate).evaluated(module, prepared)

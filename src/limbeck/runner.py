@@ -18,14 +18,13 @@ from torch import nn
 
 from limbeck import data as datasets
 from limbeck import seeds
-from limbeck.contract import Method, Teacher
+from limbeck.contract import Artefact, Method, Teacher
 from limbeck.data import AugmentSpec, BatchPlan, Views
 from limbeck.errors import InputError
 from limbeck.evaluate import cost
 from limbeck.export import folder as artefacts
 from limbeck.ingredients import Ingredients, Prepared, make_method, network, prepare
 from limbeck.kinds import Kind, Measured, kind_of
-from limbeck.kinds.classifier import Answering
 from limbeck.methods.classifiers.supervised import Supervised
 from limbeck.recipe import ModelSpec
 from limbeck.report.summary import Curve, Outcome, Picture
@@ -86,6 +85,10 @@ class Runner:
             raise InputError(f"the method '{type(method).__name__}' needs a teacher.", where="teacher", fix="Add a 'teacher:' section.")
         prepared, kind = parts.data(seed), self.kind
         kind.check(prepared)
+        if parts.train.sharding == "fsdp2" and method.produces == "generator":
+            raise InputError("generators cannot be sharded yet.", where="train.sharding", fix="Use 'none'.")
+        if parts.augment.mixes and method.produces == "generator":
+            raise InputError("mixed images are no samples of the data.", where="data.augment", fix="Leave out mixup and cutmix.")
         if method.needs_labels and prepared.train.targets is None:
             raise InputError("the method needs labels, the data have none.", where="data")
         if parts.train.sharding == "fsdp2" and parts.train.ema is not None:
@@ -106,7 +109,7 @@ class Runner:
         if not any(p.requires_grad for p in student.parameters()):
             raise InputError("the student has no parameters to train.", where="student")
         if parts.given_teacher is not None:
-            kind.fits(kind.timed("teacher", parts.given_teacher) or Answering(parts.given_teacher).eval(), example, prepared, "teacher")
+            kind.fits(kind.asked(parts.given_teacher), example, prepared, "teacher")
         members = []
         for index, spec in enumerate(parts.teachers):
             where = "teacher" if len(parts.teachers) == 1 else f"teacher.{index}"
@@ -159,6 +162,10 @@ class Runner:
         student = copy.deepcopy(start)
         made = self._train(method, student, prepared, seed, parts.train, place, teacher=teacher, label=f"{parts.name} seed {seed}", test=True)
         own = self._outcome(made, prepared, seed, reference)
+        if place is not None and rank() == 0:  # first what took long, then what is nice to have
+            self._keep(made, prepared, place / "artefact", own)
+            if alone is not None:
+                self._keep(alone, prepared, place / "alone" / "artefact", next(arm.outcome for arm in arms if arm.role == "alone"))
         arms = [*kind.teacher_arms(seed, teacher, made.module, prepared, reference), *arms, Measured("distilled", kind.labels["distilled"], own)]
         costs: dict[str, Any] = {}
         pictures: tuple[Picture, ...] = ()
@@ -166,10 +173,6 @@ class Runner:
         if seed == parts.seeds[0]:
             costs = self._costs({"teacher": teacher, "alone": alone, "distilled": made}, prepared)
             pictures, facts = kind.pictures(teacher, made.module, prepared, reference), kind.facts(reference) | facts
-        if place is not None and rank() == 0:
-            self._keep(made, prepared, place / "artefact", own)
-            if alone is not None:
-                self._keep(alone, prepared, place / "alone" / "artefact", next(arm.outcome for arm in arms if arm.role == "alone"))
         barrier()
         notes = () if made.trained is None else tuple(made.trained.notes)
         return SeedResult(tuple(arms), made, costs, pictures, facts, notes)
@@ -206,6 +209,8 @@ class Runner:
                     module = self._beforehand(spec, module, base, of, name, self.folder if shared else self._place(seed), teacher=None)
                 members.append(module)
             teacher = self.kind.teacher(members)
+            if isinstance(teacher, nn.Module) and not parts.cpu:
+                teacher.to(parallel.accelerator("no", cpu=False).device)  # where its student will be trained and compared with it
             self._teachers = {key: (teacher, self.reference(teacher, prepared))}
         return self._teachers[key]
 
@@ -225,9 +230,14 @@ class Runner:
         return found
 
     def reference(self, teacher: Any, prepared: Prepared) -> Any:
-        """See `Kind.reference`; what it must keep lies in the cache or the run's folder."""
+        """See `Kind.reference`; what it must keep lies in the cache or the run's folder. The first process makes it, the others read it."""
         place = self.cache if self.cache is not None else self.folder
-        return self.kind.reference(teacher, prepared, None if place is None else place / "features")
+        if rank() != 0:
+            barrier()
+        found = self.kind.reference(teacher, prepared, None if place is None else place / "features")
+        if rank() == 0:
+            barrier()
+        return found
 
     def student(self, prepared: Prepared, seed: int, teacher: Teacher | None) -> nn.Module:
         """The student that distillation starts from: built, its weights loaded, trained beforehand where the recipe says so."""
@@ -259,10 +269,12 @@ class Runner:
         method = make_method(spec.method)
         augment = self.parts.augment if spec.data is None else spec.data.augment
         made = self._train(method, module, prepared, seed, spec.train, place, teacher=teacher, label=f"{name} seed {seed}", test=False, augment=augment)
+        plain = method.produces == "generator"  # the network itself goes on, not the generator around it
         if place is not None and rank() == 0:
-            self._keep(made, prepared, place / "artefact", None, spec=spec, key=key)
+            artefact = Artefact("denoiser", method.student) if plain else None
+            self._keep(made, prepared, place / "artefact", None, spec=spec, key=key, artefact=artefact)
         barrier()
-        return made.module.eval()
+        return (method.student if plain else made.module).eval()
 
     def _alone(self, prepared: Prepared, seed: int, start: nn.Module, folder: Path | None) -> Made:
         """The same student from the same start, on the labels alone, for as many steps and with the same optimiser."""
@@ -354,9 +366,12 @@ class Runner:
             costs["teacher"] = {key: recorded.record.about.get(key) for key in ("parameters", "macs", "bytes")}
         return costs
 
-    def _keep(self, made: Made, prepared: Prepared, folder: Path, outcome: Outcome | None, *, spec: ModelSpec | None = None, key: str = "") -> None:
+    def _keep(
+        self, made: Made, prepared: Prepared, folder: Path, outcome: Outcome | None, *, spec: ModelSpec | None = None, key: str = "",
+        artefact: Artefact | None = None,
+    ) -> None:  # fmt: skip
         assert made.method is not None
-        artefact = made.method.artefact()
+        artefact = artefact or made.method.artefact()
         spec = spec or self.parts.student_spec
         metrics = {} if outcome is None else self.kind.metrics(outcome)
         component = None if spec is None else artefact.around(spec.model) if artefact.around is not None else spec.model

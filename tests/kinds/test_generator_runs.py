@@ -246,3 +246,67 @@ def test_data_without_labels_make_unconditional_generators_and_no_classifiers(tm
     called = command("distill", write(tmp_path, recipe(**classifier)))
     assert called.code == 2
     assert "neither class names nor targets" in called.err
+
+
+def test_a_guided_run_ends_with_costs_and_pictures_whatever_the_batch_size(tmp_path):
+    changes = {"method": {"guidance_scale": 1.5}, "evaluate": {"samples": 2050, "batch_size": 600, "teacher_steps": [2, 2]}, "train": {"steps": 2}}
+    result = distill(Recipe.parse(recipe(**changes)), run=tmp_path / "run")
+    teacher, student = result.summary.arm("teacher"), result.summary.arm("distilled")
+    assert teacher.outcomes[0].measures["calls"] == 6  # three passes, guided
+    assert len(teacher.outcomes) == 1
+    assert teacher.latencies
+    assert student.latencies
+    assert result.summary.pictures
+
+
+def test_a_student_that_a_generator_method_trained_first_is_a_denoiser_again(tmp_path):
+    first = {"model": {"name": "mlp_denoiser", "widths": [16, 16]}, "method": {"name": "dmd2", "ratio": 1}, "train": {"steps": 2, "batch_size": 16}}
+    settings = recipe(student=first, method={"start": "fresh"}, train={"steps": 2}, evaluate={"latency": False})
+    for _ in range(2):  # trained, then read from the cache
+        runner = Runner(from_recipe(Recipe.parse(settings)), tmp_path / "run")
+        prepared = runner.parts.data(0)
+        teacher, _ = runner.teacher(prepared, 0)
+        student = runner.student(prepared, 0, teacher)
+        assert type(student).__name__ == "NetworkDenoiser"
+    assert limbeck.load(tmp_path / "run" / "student").num_classes == 2
+
+
+def test_the_python_door_twice_in_one_folder(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    teacher = MixtureDenoiser(EDM(), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([0.1, 0.1]))
+    data = tuple(ArrayData(teacher.sample(n, g)) for n in (100, 60))
+    network = build_model(Recipe.parse(recipe()).student.model, num_classes=0, input_shape=(2,), seed=0)
+    found = [
+        limbeck.distill(
+            teacher=network, student=network, data=data, method=DMD2(gan={"weight": 0.0}), train={"steps": 2, "batch_size": 16}, run=tmp_path / "run"
+        ).student.sample(4)
+        for _ in range(2)
+    ]
+    assert torch.equal(*found)
+
+
+def test_a_teacher_of_every_seed_is_measured_anew(tmp_path):
+    settings = recipe(teacher={"train": {"steps": 5}}, seeds=[0, 1, 2, 3], train={"steps": 1}, evaluate={"latency": False})
+    settings["teacher"]["seed"] = None
+    result = distill(Recipe.parse(settings), run=tmp_path / "run")
+    for role in ("teacher", "alone"):
+        values = [outcome.measures["sliced_wasserstein"] for outcome in result.summary.arm(role).outcomes]
+        assert len(set(values)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"evaluate": {"features": {"kind": "inception"}}}, "evaluate.features.kind"),
+        ({"evaluate": {"features": {"kind": "classifier"}}}, "evaluate.features.kind"),
+        ({"data": {"source": {"test": 4}}}, "data"),
+        ({"train": {"sharding": "fsdp2"}}, "train.sharding"),
+        ({"data": {"augment": {"mixup": 0.2}}}, "data.augment"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_told_at_once(changes, where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    called = command("distill", write(tmp_path, recipe(**changes)))
+    assert called.code == 2, called.err
+    assert where in called.err
+    assert not (tmp_path / "runs").exists()

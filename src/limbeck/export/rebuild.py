@@ -22,18 +22,18 @@ def self_contained(component: Component, module: nn.Module) -> Component:
     """The component that builds the same network, and those that its arguments name, without the Hub or the folder its first weights came from."""
     component = _without_weights(component)
     args = dict(component.args)
-    for name in NESTED:
-        inner, part = args.get(name), getattr(module, name, None)
-        if isinstance(inner, Mapping) and isinstance(part, nn.Module):
-            given = _validated(inner, name)
-            if (found := self_contained(given, part)) != given:
-                args[name] = found.model_dump(mode="json")
+    name = _NESTING.get(_path(component))
+    part = getattr(module, name, None) if name is not None else None
+    if name is not None and isinstance(part, nn.Module):
+        given = _validated(args.get(name), name)
+        if (found := self_contained(given, part)) != given:
+            args[name] = found.model_dump(mode="json")
     known: Any = getattr(module, "arguments", None)
     if _path(component).startswith(_OF_FOLDERS) and isinstance(known, Mapping):
         args = {key: args[key] for key in ("num_classes", "input_shape") if key in args} | dict(known)
-        name = str(getattr(module, "builder", component.name))
-        if models.CATALOGUE.get(name) != _path(component):
-            return Component(name=name, args=args)
+        builder = str(getattr(module, "builder", component.name))
+        if models.CATALOGUE.get(builder) != _path(component):
+            return Component(name=builder, args=args)
     source = args.get("model")
     network: Any = getattr(module, "network", None)
     if _path(component) == models.CATALOGUE["transformers"] and isinstance(source, str) and hasattr(network, "config"):
@@ -41,20 +41,31 @@ def self_contained(component: Component, module: nn.Module) -> Component:
     return component if args == component.args else component.model_copy(update={"args": args})
 
 
-NESTED = ("denoiser", "module")
-"""Arguments of limbeck's own builders that are components themselves: a generator's denoiser."""
+_NESTING = {
+    models.CATALOGUE[name]: argument
+    for name, argument in (("generator", "denoiser"), ("direct_generator", "module"), ("consistency_generator", "denoiser"), ("signal_generator", "denoiser"))
+}
+"""Builders that take a component as an argument: a generator's denoiser. In any form that a component has: a mapping, a name, an import path."""
 
 
-def _within(component: Component) -> Iterator[Component]:
-    """The component and those that its arguments name."""
+def within(component: Component) -> Iterator[Component]:
+    """The component and those that its arguments name. Raises InputError where one of these is none."""
     yield component
-    for name in NESTED:
-        inner = component.args.get(name)
-        if isinstance(inner, Mapping):
-            yield from _within(_validated(inner, name))
+    name = _NESTING.get(_path(component))
+    if name is not None:
+        yield from within(_validated(component.args.get(name), name))
 
 
-def _validated(inner: Mapping[str, Any], name: str) -> Component:
+def _plain(component: Component) -> Component:
+    """The component with those that it names written out as what was checked, none of which fetches weights."""
+    name = _NESTING.get(_path(component))
+    if name is not None:
+        inner = _plain(_validated(component.args.get(name), name))
+        component = component.model_copy(update={"args": {**component.args, name: inner.model_dump(mode="json")}})
+    return _without_weights(component)
+
+
+def _validated(inner: Any, name: str) -> Component:
     try:
         return Component.model_validate(inner)
     except ValidationError as error:
@@ -67,10 +78,10 @@ def model(component: Component, num_classes: int, input_shape: Sequence[int], *,
     Raises:
         InputError: it is not one of limbeck's own models and not trusted, or cannot be built.
     """
-    for part in _within(component):
+    for part in within(component):
         if not trust_imports and part.target is not None and part.target not in models.CATALOGUE.values():
             raise _untrusted("model", part.target).at("target")
-    return models.build_model(_without_weights(component), num_classes=num_classes, input_shape=input_shape, seed=0)
+    return models.build_model(_plain(component), num_classes=num_classes, input_shape=input_shape, seed=0)
 
 
 def decoder(path: str, *, trust_imports: bool) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:

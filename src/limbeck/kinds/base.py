@@ -50,6 +50,10 @@ class Kind(ABC):
     def fits(self, module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:
         """Raise InputError where a network cannot take the data's inputs ([B, ...] prepared) or gives something of another shape."""
 
+    def asked(self, teacher: Any) -> nn.Module:
+        """A teacher that was given as an object, as a module that `fits` can look at."""
+        return teacher
+
     @abstractmethod
     def teacher(self, members: Sequence[nn.Module]) -> Any:
         """What a method is bound to, of the networks that the recipe names. Raises InputError."""

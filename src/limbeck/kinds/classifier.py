@@ -39,6 +39,10 @@ class ClassifierKind(Kind):
         """One logit a class."""
         fits(module, example, prepared, where)
 
+    def asked(self, teacher: Any) -> nn.Module:
+        """What answers with logits."""
+        return Answering(teacher).eval()
+
     def teacher(self, members: Sequence[nn.Module]) -> Teacher:
         """One network, or an ensemble."""
         return as_teacher(members[0] if len(members) == 1 else list(members))

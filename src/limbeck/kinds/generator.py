@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from limbeck.report.summary import Outcome, Picture
 IMAGE_HEADLINE = ("fid", "mmd2", "precision", "recall", "coverage", "paired_rmse", "calls", "seconds_per_sample")
 POINT_HEADLINE = ("mmd2", "sliced_wasserstein", "energy_distance", "modes_covered", "outliers", "frequency_tv", "paired_rmse", "calls", "seconds_per_sample")
 NOISE_SEED = 20_000
+LEAST_REAL = 6
+"""Real samples without which no neighbourhood can be measured."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Reference:
     labels: Tensor | None
     best: Tensor | None = None
     best_seconds: float = 0.0
+    measured: dict[str, Outcome] = field(default_factory=dict)
+    """The teacher's own outcomes, by sampler: they do not depend on the student's seed."""
 
 
 class GeneratorKind(Kind):
@@ -59,7 +63,6 @@ class GeneratorKind(Kind):
     def __init__(self, method: Method, evaluate: Any) -> None:
         super().__init__(method, evaluate)
         self.guidance = float(getattr(method.config, "guidance_scale", 1.0))
-        self._measures: dict[str, Outcome] = {}
 
     def headline(self, prepared: Prepared) -> tuple[str, ...]:
         """FID first for images, MMD² for points; what cannot be measured of these data is left out."""
@@ -70,8 +73,21 @@ class GeneratorKind(Kind):
 
     def check(self, prepared: Prepared) -> None:
         """There must be real samples to compare with."""
-        if len(prepared.test) < 2:
-            raise InputError("the test data have fewer than two samples to compare with.", where="data")
+        if len(prepared.test) < LEAST_REAL:
+            raise InputError(f"the test data have {len(prepared.test)} samples, too few to compare with.", where="data", fix=f"Use at least {LEAST_REAL}.")
+        spec = self.evaluate.features
+        if spec is None or spec.kind == "pixels":
+            return
+        if len(prepared.input_shape) != 3:
+            raise InputError(f"features of kind '{spec.kind}' are of images.", where="evaluate.features.kind", fix="Use pixels, or leave it out.")
+        if spec.kind == "classifier" and prepared.train.targets is None:
+            raise InputError("features of kind 'classifier' need labels.", where="evaluate.features.kind", fix="Use pixels.")
+        if spec.kind == "inception" and (spec.weights is None or not Path(spec.weights).is_file()):
+            raise InputError(
+                "features of kind 'inception' need their weights on disk.",
+                where="evaluate.features.weights",
+                fix="Name torch-fidelity's weights-inception file.",
+            )
 
     def fits(self, module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:
         """Samples of the data's shape, and no more classes than the data have."""
@@ -123,8 +139,8 @@ class GeneratorKind(Kind):
 
     def cost(self, sampling: Sampling) -> int:
         """Network calls a sample; a guided call counts twice."""
-        guided = isinstance(sampling, TeacherSampler) and isinstance(sampling.denoiser, Guided)
-        return sampling.calls * (2 if guided else 1)
+        twice = isinstance(sampling, TeacherSampler) and isinstance(sampling.denoiser, Guided) and sampling.denoiser.scale not in (0, 1)
+        return sampling.calls * (2 if twice else 1)
 
     @torch.no_grad()
     def draw(self, sampling: Sampling, noise: Tensor, labels: Tensor | None) -> tuple[Tensor, float]:
@@ -133,9 +149,13 @@ class GeneratorKind(Kind):
         later = torch.Generator(device).manual_seed(NOISE_SEED + 1)
         conditional, found = bool(sampling.num_classes), []
         began = time.perf_counter()
+        size = self.evaluate.batch_size
         with evaluating(sampling):
-            for first in range(0, len(noise), self.evaluate.batch_size):
-                part = slice(first, first + self.evaluate.batch_size)
+            if device.type != "cpu":  # kernels are chosen and loaded at the first call
+                Conditioned(sampling)(noise[:size].to(device))
+                began = time.perf_counter()
+            for first in range(0, len(noise), size):
+                part = slice(first, first + size)
                 cond = labels[part].to(device) if conditional and labels is not None else None
                 found.append(sampling(noise[part].to(device), cond, later).float().cpu())
         return torch.cat(found), (time.perf_counter() - began) / len(noise)
@@ -145,7 +165,8 @@ class GeneratorKind(Kind):
         spec = self.evaluate.features or FeatureSpec(kind="classifier" if len(prepared.input_shape) == 3 and prepared.train.targets is not None else "pixels")
         features = extractor(spec, prepared.train, place)
         count = self.evaluate.samples
-        real = prepared.test.prepare(prepared.test.fetch(torch.arange(min(len(prepared.test), max(count, 2))))[0])
+        drawn = torch.randperm(len(prepared.test), generator=torch.Generator().manual_seed(NOISE_SEED))[:count]  # a test set may be sorted
+        real = prepared.test.prepare(prepared.test.fetch(drawn)[0])
         noise = torch.randn(count, *prepared.input_shape, generator=torch.Generator().manual_seed(NOISE_SEED))
         labels = torch.arange(count) % prepared.num_classes if prepared.num_classes else None
         mixture = network_mixture_of(prepared.test)
@@ -202,29 +223,28 @@ class GeneratorKind(Kind):
             return []
         best = self.sampling(teacher, prepared)
         found = [Measured("teacher", _calls("teacher", self.cost(best)), self._kept("best", seed, best, reference, (reference.best, reference.best_seconds)))]
-        ladder = [self.sampling(teacher, prepared, steps=steps, sampler="ddim") for steps in sorted(self.evaluate.teacher_steps)[:-1]]
+        ladder = [self.sampling(teacher, prepared, steps=steps, sampler="ddim") for steps in sorted(set(self.evaluate.teacher_steps))[:-1]]
         own = self.sampling(teacher, prepared, steps=student.calls, sampler="ddim") if isinstance(student, Sampling) else None
         for rung in ladder:
             if own is None or self.cost(rung) != self.cost(own):
                 found.append(Measured("other", _calls("teacher", self.cost(rung)), self._kept(f"rung {self.cost(rung)}", seed, rung, reference)))
         if own is not None and self.cost(own) != self.cost(best):
-            found.append(Measured("alone", _calls("teacher", self.cost(own)), self._kept("own", seed, own, reference)))
+            found.append(Measured("alone", _calls("teacher", self.cost(own)), self._kept(f"own {self.cost(own)}", seed, own, reference)))
         return found
 
     def _kept(self, key: str, seed: int, sampling: Sampling, reference: Reference, made: tuple[Tensor, float] | None = None) -> Outcome:
         """An outcome of the teacher that does not depend on the seed, measured once a teacher."""
-        key = f"{key} {id(reference)}"
-        if key not in self._measures:
-            self._measures[key] = self._outcome(seed, sampling, reference, made)
-        return replace(self._measures[key], seed=seed)
+        if key not in reference.measured:
+            reference.measured[key] = self._outcome(seed, sampling, reference, made)
+        return replace(reference.measured[key], seed=seed)
 
     # ---- cost, pictures, facts ------------------------------------------------------------------------------------
 
     def timed(self, role: str, module: Any) -> nn.Module | None:
         """Noise in, samples out."""
         if isinstance(module, Sampling):
-            return module
-        return self._sampler(module) if isinstance(module, Denoiser) else None
+            return Conditioned(module)
+        return Conditioned(self._sampler(module)) if isinstance(module, Denoiser) else None
 
     def example(self, prepared: Prepared) -> Tensor:
         """Noise."""
@@ -232,7 +252,8 @@ class GeneratorKind(Kind):
 
     def pictures(self, teacher: Any, student: nn.Module, prepared: Prepared, reference: Reference) -> tuple[Picture, ...]:
         """Teacher and student from the same noise beside real samples: grids of images, or clouds of points."""
-        made, _ = self.draw(self.sampling(student, prepared), reference.noise[:2000], reference.labels)
+        labels = None if reference.labels is None else reference.labels[:2000]
+        made, _ = self.draw(self.sampling(student, prepared), reference.noise[:2000], labels)
         sets = {"real": reference.real_inputs} | ({} if reference.best is None else {"teacher": reference.best}) | {"student": made}
         shape = tuple(prepared.input_shape)
         if shape == (2,):
@@ -268,6 +289,19 @@ class GeneratorKind(Kind):
         """On the test data, without a teacher."""
         self.check(prepared)
         return self.metrics(self.outcome(0, module, prepared, self.reference(None, prepared, None)))
+
+
+class Conditioned(nn.Module):
+    """A generator as a function of noise alone: its classes in turn where it has any."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        super().__init__()
+        self.sampling = sampling
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Noise [B, *shape] → samples [B, *shape]."""
+        classes = self.sampling.num_classes
+        return self.sampling(noise, torch.arange(len(noise), device=noise.device) % classes if classes else None)
 
 
 def _other_half(reference: Reference, half: int) -> Reference:
