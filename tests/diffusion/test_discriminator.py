@@ -99,3 +99,22 @@ def test_the_optimum_is_the_log_ratio_of_the_densities() -> None:
 
     optimiser.step(closure)  # type: ignore[arg-type]
     torch.testing.assert_close(logits.detach(), (p / q).log(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_are_left_out_of_the_generators_loss(bad: float) -> None:
+    logits = torch.tensor([[0.5, -1.0], [bad, 0.3], [2.0, 0.1]], requires_grad=True)
+    good = logits.detach()[[0, 2]].requires_grad_()
+    loss, expected = generator_loss(logits), generator_loss(good)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad, torch.stack([good.grad[0], torch.zeros(2), good.grad[1]]))
+    assert generator_loss(torch.full((3, 1), bad)) == 0
+
+
+def test_finite_logits_are_a_plain_mean_to_the_last_bit() -> None:
+    logits = torch.randn(97, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    found, plain = generator_loss(logits), torch.nn.functional.softplus(-logits).mean()
+    assert torch.equal(found, plain)
+    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (found, plain)))

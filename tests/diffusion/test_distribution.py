@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from limbeck.diffusion.denoisers import Denoiser, Guided, MixtureDenoiser, NetworkDenoiser
-from limbeck.diffusion.distribution import direction_weight, inject, normal, random_labels, score_direction, untrained, without_broken
+from limbeck.diffusion.distribution import direction_weight, guarded, inject, normal, random_labels, score_direction, untrained, without_broken
 from limbeck.diffusion.networks import MLPNetwork
 from limbeck.diffusion.schedules import EDM, SCHEDULES, NoiseSchedule, make_schedule
 from limbeck.errors import InputError
@@ -208,3 +208,42 @@ def test_labels_and_noise_come_from_the_generator() -> None:
     assert abs(float(z.std()) - 1) < 0.02
     assert torch.equal(z, normal(4000, (2, 3), draw()))
     assert isinstance(gaussian(EDM(), (0, 0)), Denoiser)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("vp", {"prediction": "eps"}), ("flow", {"prediction": "velocity"}), ("edm", {"precondition": "edm"})]
+)  # fmt: skip
+def test_a_small_direction_arrives_in_mixed_precision(name: str, settings: dict[str, Any]) -> None:
+    """x is of order 1: in bfloat16 x − g is x itself where g is 1e-3."""
+    torch.manual_seed(0)
+    schedule = make_schedule(name)
+    found = NetworkDenoiser(MLPNetwork((2,), (8,), zero_output=False), schedule, **settings)
+    x_t, _, t = drawn(schedule)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = found(x_t.float(), t)
+        g = torch.full_like(x, 1e-3)
+        (gradient,) = torch.autograd.grad(inject(x, g), x)
+        assert found.network(x_t.float(), t.float()).dtype == torch.bfloat16  # there was something to mend
+        assert found(x_t.float(), t, out="eps").dtype == torch.float32
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(gradient * x.numel(), g, rtol=1e-3, atol=0)
+
+
+def test_samples_in_half_precision_get_their_direction_too() -> None:
+    schedule = EDM()
+    x = torch.full((4, 2), 1.5, dtype=torch.bfloat16, requires_grad=True)
+    for reduction, numbers in (("mean", 8), ("sum", 4)):
+        (gradient,) = torch.autograd.grad(inject(x, torch.full((4, 2), 1e-3), reduction), x)
+        torch.testing.assert_close(gradient.float() * numbers, torch.full((4, 2), 1e-3), rtol=1e-2, atol=0)
+    t = torch.full((4,), 0.5, dtype=torch.float64)
+    found = score_direction(x, gaussian(schedule, (1.0, 0.0)), gaussian(schedule, (1.001, 0.0)), t, torch.randn(4, 2), weight="unit")
+    torch.testing.assert_close(found.g[:, 0], torch.full((4,), 0.5e-3), rtol=1e-2, atol=0)  # σ² (μ − μ_T)/(s² + σ²)
+
+
+def test_a_guard_stops_the_gradient_of_broken_samples_alone() -> None:
+    x = torch.ones(3, 2, requires_grad=True)
+    factor = torch.tensor([[1.0, 2.0], [float("nan"), 1.0], [3.0, float("inf")]])
+    (gradient,) = torch.autograd.grad((guarded(x) * factor).sum(), x)
+    assert gradient.tolist() == [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
+    assert guarded(x.detach()) is not None
+    assert not guarded(x.detach()).requires_grad

@@ -78,8 +78,10 @@ def test_index_draws_each_time_of_the_list_equally_often(schedule: NoiseSchedule
 def test_index_is_cut_to_two_and_ninety_eight_per_cent() -> None:
     schedule = EDM()
     t, grid = sampled(LevelSpec(low=0.02, high=0.98), schedule, count=100_000), schedule.grid(1000)
-    assert (t.min().item(), t.max().item()) == (grid[20].item(), grid[979].item())
-    assert len(t.unique()) == 960
+    assert (t.min().item(), t.max().item()) == (grid[20].item(), grid[980].item())  # both ends, as randint(20, 981) of DMD2's code
+    assert len(t.unique()) == 961
+    whole = sampled(LevelSpec(), schedule, count=100_000)
+    assert (whole.min().item(), whole.max().item()) == (schedule.t_min, schedule.t_max)
 
 
 def test_index_of_vp_are_its_own_steps() -> None:

@@ -159,6 +159,24 @@ def test_features_run_nothing_deeper_than_the_deepest_tap(network: DenoisingNetw
     assert nothing == []
 
 
+def test_a_cut_pass_says_the_same_and_its_graph_ends_at_the_deepest_tap(network: DenoisingNetwork) -> None:
+    x, time, cond = inputs(network)
+    x.requires_grad_()
+    for wanted in ([], list(network.taps)[:1], ["bottleneck"], list(network.taps)):
+        whole, features = network.forward_with(x, time, cond, wanted)
+        found, cut = network.forward_to_taps(x, time, cond, wanted)
+        assert torch.equal(found, whole)
+        assert cut.keys() == features.keys()
+        assert whole.requires_grad
+        assert not found.requires_grad
+        for name in wanted:
+            torch.testing.assert_close(
+                torch.autograd.grad(cut[name].sum(), x, retain_graph=True), torch.autograd.grad(features[name].sum(), x, retain_graph=True)
+            )
+    with torch.no_grad():
+        assert not network.forward_to_taps(x, time, cond, ["bottleneck"])[1]["bottleneck"].requires_grad
+
+
 def test_the_perceptrons_bottleneck_is_its_last_hidden_layer() -> None:
     network = MLPNetwork((2,), (5, 6))
     assert network.taps == {"hidden1": 5, "hidden2": 6, "bottleneck": 6}

@@ -1,5 +1,6 @@
 """Discriminators of noised samples: whose parameters, which features, which gradients, one pass a network."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from limbeck.components import Component
 from limbeck.diffusion.build import mlp_denoiser, unet_denoiser
 from limbeck.diffusion.denoisers import Guided
-from limbeck.diffusion.discriminator import discriminator_loss
+from limbeck.diffusion.discriminator import discriminator_loss, generator_loss
 from limbeck.diffusion.noised_discriminator import NoisedDiscriminator, feature_shapes, look, noised_pair, own_trunk, pair_loss
 from limbeck.diffusion.schedules import EDM, Flow
 from limbeck.errors import InputError
@@ -152,3 +153,50 @@ def test_a_look_leaves_out_what_nobody_needs() -> None:
     assert alone.teacher_x0 is None
     assert alone.critic_x0 is None
     assert alone.logits.shape == (6, 1)
+
+
+@pytest.mark.parametrize("source", ["teacher", "critic", "own"])
+def test_nobody_drops_anything_in_a_look(source) -> None:
+    teacher = denoiser(0)
+    teacher.network.dropout.p = 0.5
+    critic = copy.deepcopy(teacher).train()
+    trunk = {"teacher": teacher.eval(), "critic": critic, "own": copy.deepcopy(teacher).train()}[source]
+    judge = NoisedDiscriminator(trunk, ("bottleneck",), owns=source == "own", seed=0).train()
+    x, t = inputs()
+    first, second = (look(x, t, None, Guided(teacher), critic, judge) for _ in range(2))
+    assert torch.equal(first.teacher_x0, first.critic_x0)
+    assert torch.equal(first.logits, second.logits)
+    assert critic.training
+    assert critic.network.dropout.training
+    assert judge.training
+    assert source != "own" or trunk.training
+
+
+@pytest.mark.parametrize("source", ["teacher", "critic"])
+def test_the_graph_of_a_look_ends_at_the_taps(source) -> None:
+    teacher, critic = denoiser(0), denoiser(1)
+    trunk = {"teacher": teacher, "critic": critic}[source]
+    judge, (x, t) = NoisedDiscriminator(trunk, ("hidden1",), owns=False, seed=0), inputs()
+    traced = []
+    for layer in (trunk.network.hidden[0], trunk.network.hidden[1], trunk.network.head):
+        layer.register_forward_hook(lambda _m, _i, out: traced.append(out.requires_grad))
+    assert look(x.requires_grad_(), t, None, Guided(teacher), critic, judge).logits.requires_grad
+    assert traced == [True, False, False]
+    traced.clear()
+    assert not look(x.detach(), t, None, Guided(teacher), critic, judge).logits.requires_grad
+    assert not any(traced)
+
+
+def test_a_broken_answer_of_the_trunk_reaches_no_sample() -> None:
+    teacher, (x, t) = denoiser(0), inputs()
+    judge, broken = NoisedDiscriminator(teacher, ("bottleneck",), owns=False, seed=0), torch.arange(6) == 2
+    x.requires_grad_()
+    spoil = teacher.network.hidden[0].register_forward_hook(lambda _m, _i, out: out + torch.where(broken[:, None], float("nan"), 0.0))
+    logits = look(x, t, None, Guided(teacher), denoiser(1), judge).logits
+    spoil.remove()
+    assert logits.isnan()[:, 0].tolist() == broken.tolist()
+    (gradient,) = torch.autograd.grad(generator_loss(logits), x)
+    assert not gradient[2].any()
+    rest = x.detach()[~broken].requires_grad_()
+    (expected,) = torch.autograd.grad(generator_loss(judge(rest, t[~broken])), rest)
+    torch.testing.assert_close(gradient[~broken], expected)

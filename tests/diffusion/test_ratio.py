@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from limbeck.diffusion import ratio as module
 from limbeck.diffusion.f_divergences import DIVERGENCES
 from limbeck.diffusion.levels import LevelSpec
-from limbeck.diffusion.ratio import BinnedMean, RatioWeights, Weights, WeightStatistics, density_ratio, mean_one, noise_bins
+from limbeck.diffusion.ratio import BinnedMean, RatioWeights, Weights, WeightStatistics, density_ratio, mean_one, noise_bins, not_in_parts
 from limbeck.diffusion.schedules import EDM, SCHEDULES, make_schedule
 from limbeck.errors import InputError
 
@@ -175,3 +175,50 @@ def test_statistics() -> None:
     }  # fmt: skip
     found.add(torch.tensor([3.0, 0.0]), None)
     assert found.summary() == {"clipped": pytest.approx(0.25), "weight_cv": pytest.approx(0.25), "direction_cv": pytest.approx(0.25)}
+
+
+# ---- what is no number -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("stages", ["both", "ratio", "weight", "none"])
+def test_a_logit_that_is_no_number_counts_for_nothing(bad: float, stages) -> None:
+    logits, t = drawn(3, 40, 2), LevelSpec().sample(EDM(), 40, torch.Generator().manual_seed(3))
+    spoilt = logits.clone()
+    spoilt[7, 1] = bad
+    rest = torch.arange(40) != 7
+    one, other = (RatioWeights(DIVERGENCES["forward_kl"], BinnedMean(10, 0.5), stages=stages) for _ in range(2))
+    found, expected = one(spoilt, EDM(), t), other(logits[rest], EDM(), t[rest])
+    torch.testing.assert_close(found.value[rest], expected.value)
+    torch.testing.assert_close(one.bins.means_N, other.bins.means_N)
+    assert found.value.isfinite().all()
+    assert not found.clipped[7]
+    r = density_ratio(spoilt)
+    assert (r.value[7], r.known.tolist()) == (1, rest.tolist())
+    nothing = RatioWeights(DIVERGENCES["forward_kl"], BinnedMean(10), stages=stages)(torch.full((4, 1), bad), EDM(), t[:4])
+    torch.testing.assert_close(nothing.value, torch.ones(4), rtol=1e-5, atol=0)
+
+
+def test_known_logits_give_what_they_gave_to_the_last_bit() -> None:
+    r, bins, everyone = drawn(4, 97).exp(), torch.randint(10, (97,), generator=torch.Generator().manual_seed(4)), torch.ones(97, dtype=torch.bool)
+    assert torch.equal(BinnedMean(10).normalise(r, bins, everyone), BinnedMean(10).normalise(r, bins))
+    assert torch.equal(mean_one(r, everyone), r / (r.sum() / 97 + 1e-6))
+
+
+def test_batches_in_parts_are_refused_where_there_are_several_processes(monkeypatch) -> None:
+    not_in_parts(1)
+    monkeypatch.setattr(module.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.torch.distributed, "get_world_size", lambda: 2)
+    not_in_parts(0)
+    with pytest.raises(InputError, match="cut into parts"):
+        not_in_parts(1)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_the_bins_ends_are_no_copies_from_the_host(name: str, monkeypatch) -> None:
+    schedule, t = make_schedule(name), torch.full((3,), 0.5, dtype=torch.float64)
+    schedule.level(t)  # tables that are made once
+    found = noise_bins(schedule, t, 10, "log_level")
+    for constructor in ("tensor", "as_tensor", "linspace"):
+        monkeypatch.setattr(torch, constructor, None)
+    assert torch.equal(noise_bins(schedule, t, 10, "log_level"), found)

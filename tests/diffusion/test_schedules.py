@@ -246,6 +246,29 @@ def test_a_kept_grid_is_made_once_and_is_the_grid(schedule: NoiseSchedule) -> No
     assert torch.equal(kept, schedule.grid(10))
 
 
+def test_the_vp_table_is_made_once_a_device() -> None:
+    schedule = VPDiscrete()
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert schedule._log_alpha_bar(cpu) is schedule._log_alpha_bar(cpu)
+    assert schedule._log_alpha_bar(meta) is schedule._log_alpha_bar(meta)
+    assert schedule._log_alpha_bar(meta).device == meta
+    assert torch.equal(schedule._log_alpha_bar(cpu), VPDiscrete()._log_alpha_bar(cpu))
+
+
+def test_schedules_are_equal_by_type_and_options(schedule: NoiseSchedule) -> None:
+    again = make_schedule(schedule.name)
+    again.kept_grid(10, torch.device("cpu"))
+    again.alpha(torch.zeros(1))
+    assert schedule == again
+    assert hash(schedule) == hash(again)
+    assert all(schedule != make_schedule(name) for name in SCHEDULES if name != schedule.name)
+    assert schedule != schedule.name
+    assert EDM() != EDM(rho=5.0)
+    assert EDM() != EDM(t_max=10.0)
+    assert VPDiscrete() != VPDiscrete(kind="linear")
+    assert VPDiscrete() != VPDiscrete(count=500)
+
+
 # Wrong input
 
 

@@ -36,6 +36,15 @@ class TappedNetwork(Protocol):
         ...
 
 
+@runtime_checkable
+class CutNetwork(TappedNetwork, Protocol):
+    """A network that can also stop its graph at the deepest tap."""
+
+    def forward_to_taps(self, x: Tensor, time: Tensor, cond: Tensor | None, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output without and features with gradient, of one pass."""
+        ...
+
+
 class Denoiser(nn.Module, ABC):
     """E[x0 | x_t], and the same in any other form. Attributes: schedule, shape (of one sample), num_classes (0: unconditional)."""
 
@@ -117,7 +126,8 @@ class NetworkDenoiser(Denoiser):
         return expand(into.to(x_t.dtype), x_t) * x_t, (self.schedule.level(t).clamp(1e-12, 1e12).log() / 4).to(x_t.dtype)
 
     def outputs(self, x_t: Tensor, t: Tensor, raw: Tensor, out: Kind) -> Tensor:
-        """The network's output as a prediction of a kind."""
+        """The network's output as a prediction of a kind, in x_t's type (an autocast network answers in half precision, too coarse for differences)."""
+        raw = raw.to(x_t.dtype)
         if self.precondition == "none":
             return self.schedule.convert(x_t, raw, t, self.prediction, out)
         skip, c_out, _ = self._coefficients_of_x(t)
@@ -145,11 +155,17 @@ class NetworkDenoiser(Denoiser):
         x, time = self.inputs(x_t, t)
         return self._tapped().features(x, time, cond, taps)
 
-    def forward_with(self, x_t: Tensor, t: Tensor, cond: Tensor | None, taps: Sequence[str], *, out: Kind = "x0") -> tuple[Tensor, dict[str, Tensor]]:
-        """Prediction and features of one pass."""
-        x, time = self.inputs(x_t, t)
-        raw, found = self._tapped().forward_with(x, time, cond, taps)
-        return self.outputs(x_t, t, raw, out), found
+    def forward_with(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None, taps: Sequence[str], *, out: Kind = "x0", graph: Literal["all", "taps"] = "all"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Prediction and features of one pass. graph: 'taps' gives gradient to the features alone, and where the network can makes no graph behind them."""
+        (x, time), network = self.inputs(x_t, t), self._tapped()
+        passed = network.forward_to_taps if graph == "taps" and isinstance(network, CutNetwork) else network.forward_with
+        raw, found = passed(x, time, cond, taps)
+        if graph == "all":
+            return self.outputs(x_t, t, raw, out), found
+        with torch.no_grad():
+            return self.outputs(x_t, t, raw.detach(), out), found
 
     def _tapped(self) -> TappedNetwork:
         if not isinstance(self.network, TappedNetwork):

@@ -85,5 +85,11 @@ def discriminator_loss(fake_BH: Tensor, real_BH: Tensor) -> Tensor:
 
 
 def generator_loss(fake_BH: Tensor) -> Tensor:
-    """mean softplus(−ℓ_fake), not saturating; ln 2 where all logits are 0."""
-    return F.softplus(-fake_BH).mean()
+    """mean softplus(−ℓ_fake), not saturating; ln 2 where all logits are 0.
+
+    Samples with a logit that is no number (a frozen trunk's answer may be none) are left out of the mean, which is 0 where none is left. Their x still
+    gets 0 · NaN from the trunk: see `distribution.guarded`.
+    """
+    kept_B1 = fake_BH.isfinite().all(1, keepdim=True)
+    each_BH = F.softplus(-torch.where(kept_B1, fake_BH, torch.zeros_like(fake_BH)))
+    return torch.where(kept_B1, each_BH, torch.zeros_like(each_BH)).sum() / (kept_B1.sum() * fake_BH.shape[1]).clamp_min(1)

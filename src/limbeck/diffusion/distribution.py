@@ -66,7 +66,7 @@ def score_direction(
 
     factor: [B], what W is multiplied by (f-distill's weights). A sample with an entry that is not finite gets g = 0 and is marked as broken.
     """
-    x = x.detach()
+    x = at_least_float32(x.detach())
     x_t = teacher.schedule.add_noise(x, noise, t)
     real, fake = teacher(x_t, t, cond), critic(x_t, t, cond)
     scale = direction_weight(x, real, t, teacher.schedule, weight)
@@ -76,14 +76,28 @@ def score_direction(
     return Direction(g, x_t, t, broken)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """A tensor of half precision as float32, any other as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def without_broken(g: Tensor) -> tuple[Tensor, Tensor]:
     """The direction with every sample that holds a NaN or an infinity set to 0, and [B] bool which those were."""
     broken = ~g.isfinite().flatten(1).all(1)
     return torch.where(expand(broken, g), torch.zeros_like(g), g), broken
 
 
+def guarded(x: Tensor) -> Tensor:
+    """x [B, ...]; on the way back the gradient of a sample that holds a NaN or an infinity becomes 0, so that it reaches nothing behind x."""
+    if not x.requires_grad:
+        return x
+    seen = x.view_as(x)
+    seen.register_hook(lambda gradient: without_broken(gradient)[0])
+    return seen
+
+
 def inject(x: Tensor, g: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """A scalar whose gradient in x is the detached g.
+    """A scalar whose gradient in x is the detached g; computed in float32 or better, as half precision would round a small g away.
 
     mean: 0.5·mean((x − sg[x − g])²), gradient g/numel, value 0.5·mean(g²) (DMD2). sum: Σ_entries sg[g]·x averaged over the batch, gradient g/B (Diff-Instruct).
 
@@ -92,7 +106,7 @@ def inject(x: Tensor, g: Tensor, reduction: Literal["mean", "sum"] = "mean") -> 
     """
     if reduction not in ("mean", "sum"):
         raise InputError(f"unknown reduction '{reduction}'.", where="reduction", fix="Use mean or sum.")
-    g = g.detach()
+    x, g = at_least_float32(x), at_least_float32(g.detach())
     if reduction == "mean":
         return 0.5 * (x - (x - g).detach()).square().mean()
     return (g * x).flatten(1).sum(1).mean()

@@ -15,7 +15,7 @@ from torch import Tensor
 from limbeck.components import Component
 from limbeck.contract import Frozen, OptimiserSpec
 from limbeck.diffusion.denoisers import Denoiser, NetworkDenoiser
-from limbeck.diffusion.distribution import normal, untrained
+from limbeck.diffusion.distribution import guarded, normal, untrained
 from limbeck.diffusion.levels import LevelSpec
 from limbeck.diffusion.noised_discriminator import NoisedDiscriminator, own_trunk
 from limbeck.errors import InputError
@@ -58,9 +58,9 @@ def noised_features(discriminator: NoisedDiscriminator, levels: LevelSpec, x: Te
 
 
 def generated_logits(discriminator: NoisedDiscriminator, levels: LevelSpec, x: Tensor, cond: Tensor | None, generator: torch.Generator) -> Tensor:
-    """[B, H] for the generator's loss: gradient flows to x, and neither to the trunk's parameters nor to the heads'."""
+    """[B, H] for the generator's loss: gradient flows to x (where it is a number), and neither to the trunk's parameters nor to the heads'."""
     with untrained(discriminator, discriminator.trunk):
-        return discriminator.judge(noised_features(discriminator, levels, x, cond, generator))
+        return discriminator.judge(noised_features(discriminator, levels, guarded(x), cond, generator))
 
 
 def pair_logits(

@@ -23,7 +23,7 @@ class LevelSpec(Frozen):
     kind: Literal["index", "lognormal", "logit_normal", "uniform"] = "index"
     levels: int = Field(1000, ge=2, le=1_000_000)
     low: float = Field(0.0, ge=0, lt=1, description="'index', 'uniform': the lowest fraction of the list")
-    high: float = Field(1.0, gt=0, le=1, description="'index', 'uniform': the highest fraction of the list")
+    high: float = Field(1.0, gt=0, le=1, description="'index', 'uniform': the highest fraction of the list, itself included")
     mean: float = -1.2
     std: float = Field(1.2, gt=0)
     shift: float = Field(1.0, gt=0, description="t' = s t/(1 + (s − 1) t), for schedules whose times lie in [0, 1]")
@@ -46,7 +46,7 @@ class LevelSpec(Frozen):
         if self.kind == "index":
             grid = schedule.kept_grid(self.levels, device)
             first = min(round(self.low * self.levels), self.levels - 1)
-            last = max(round(self.high * self.levels), first + 1)
+            last = min(max(round(self.high * self.levels), first) + 1, self.levels)  # the upper end is drawn too, as in DMD2's code (980 of 1000)
             t = grid[torch.randint(first, last, (count,), generator=generator, device=device)]
         elif self.kind == "uniform":
             u = torch.rand(count, dtype=torch.float64, generator=generator, device=device)

@@ -129,13 +129,27 @@ class DenoisingNetwork(nn.Module, ABC):
         Raises:
             InputError: as `features`.
         """
-        wanted = self._checked(x, cond, taps)
+        return self._passed(x, time, cond, self._checked(x, cond, taps), cut=False)
+
+    def forward_to_taps(self, x: Tensor, time: Tensor, cond: Tensor | None, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `forward_with`, with gradient to the features alone: what lies deeper than the last of the taps makes no graph.
+
+        Raises:
+            InputError: as `features`.
+        """
+        return self._passed(x, time, cond, self._checked(x, cond, taps), cut=True)
+
+    def _passed(self, x: Tensor, time: Tensor, cond: Tensor | None, wanted: set[str], *, cut: bool) -> tuple[Tensor, dict[str, Tensor]]:
         found: dict[str, Tensor] = {}
-        value = x
-        for name, value in self.stages(x, time, cond):
+        value, stages = x, self.stages(x, time, cond)
+        while True:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not (cut and len(found) == len(wanted))):
+                stage = next(stages, None)
+            if stage is None:
+                return value, found
+            name, value = stage
             if name in wanted:
                 found[name] = value
-        return value, found
 
     def _checked(self, x: Tensor, cond: Tensor | None, taps: Sequence[str]) -> set[str]:
         if x.shape[1:] != self.shape:

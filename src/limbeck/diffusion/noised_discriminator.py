@@ -6,6 +6,7 @@ Shapes: x_t [B, ...]; t [B] float64; logits [B, H], one a tap, ℓ > 0 says real
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ from limbeck import seeds
 from limbeck.components import Component, build
 from limbeck.diffusion.denoisers import Guided, NetworkDenoiser
 from limbeck.diffusion.discriminator import Heads, discriminator_loss
-from limbeck.diffusion.distribution import untrained
+from limbeck.diffusion.distribution import guarded, untrained
 from limbeck.diffusion.samplers import at
 from limbeck.diffusion.schedules import NoiseSchedule
 from limbeck.errors import InputError
 from limbeck.models import CATALOGUE
+from limbeck.modes import evaluating
 
 
 class NoisedDiscriminator(nn.Module):
@@ -135,17 +137,23 @@ class Look(NamedTuple):
 def look(x_t: Tensor, t: Tensor, cond: Tensor | None, guided: Guided, critic: NetworkDenoiser | None, discriminator: NoisedDiscriminator | None) -> Look:
     """All that a generator's step needs at one x_t. No parameter takes a gradient, and a network that is also the discriminator's trunk runs once.
 
+    Nobody has dropout here, whatever mode critic and discriminator train in: a critic that equals the teacher says the same. The graph of ℓ, if x_t asks for
+    one, ends at the trunk's taps; a sample whose gradient is no number gets 0.
+
     guided: the teacher; its guidance enters D_T alone, the discriminator reads the conditional pass. critic, discriminator: None leaves out what it is for.
     """
     teacher, real, fake, logits = guided.denoiser, None, None, None
     shared = discriminator is not None and critic is not None and any(discriminator.trunk is network for network in (teacher, critic))
-    with untrained(teacher, *(module for module in (critic, discriminator) if module is not None)):
+    learning = [module for module in (critic, discriminator) if module is not None]
+    with ExitStack() as modes, untrained(teacher, *learning):
+        for module in learning:
+            modes.enter_context(evaluating(module))
         if discriminator is not None and not shared:
-            logits = discriminator(x_t, t, cond)
+            logits = discriminator(guarded(x_t), t, cond)
         elif discriminator is not None:
-            x0, features = discriminator.trunk.forward_with(x_t, t, cond, discriminator.taps)
+            x0, features = discriminator.trunk.forward_with(guarded(x_t), t, cond, discriminator.taps, graph="taps")
             logits = discriminator.judge(features)
-            real, fake = (x0.detach(), None) if discriminator.trunk is teacher else (None, x0.detach())
+            real, fake = (x0, None) if discriminator.trunk is teacher else (None, x0)
         if critic is None:
             return Look(None, None, logits)
         with torch.no_grad():

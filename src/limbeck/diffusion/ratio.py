@@ -4,7 +4,8 @@ A discriminator trained with softplus(ℓ_fake) + softplus(−ℓ_real) ends at 
 divided by its mean per bin of noise levels (stage 1), and the weights by their mean over the batch (stage 2).
 
 Legend: B samples, H heads, N bins; t [B] float64. Everything is detached, float32, and stays on the device. Sums run over all processes where there are
-several (torch.distributed); with one process they are plain sums over its batch, and no communication happens. Micro-batches count as batches of their own.
+several (torch.distributed); with one process they are plain sums over its batch, and no communication happens. Micro-batches count as batches of their own,
+of which several processes need not have equally many: see `not_in_parts`. A sample whose logit is no number counts for nothing: r̂ = 1, and no sum has it.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ SMALLEST_LEVEL = 1e-4
 
 
 class Ratio(NamedTuple):
-    """r̂ [B] float32, and [B] bool where a clip moved it."""
+    """r̂ [B] float32, [B] bool where a clip moved it, and [B] bool where the logit was a number."""
 
     value: Tensor
     clipped: Tensor
+    known: Tensor
 
 
 def density_ratio(logits_BH: Tensor, *, logit_clip: float = 10.0, low: float = 0.1, high: float = 20.0) -> Ratio:
     """r̂ = clip(exp(clip(ℓ, ±logit_clip)), low, high) with ℓ the mean of the heads' logits, without gradient (our sheet, eq. 4; FastGen's numbers).
+
+    Where ℓ is NaN or infinite r̂ is 1, not clipped and not known (ours).
 
     Args:
         logits_BH: [B, H], ℓ > 0 says real. logit_clip: bound on ℓ before the exponential. low, high: bounds on the ratio itself.
@@ -48,9 +52,11 @@ def density_ratio(logits_BH: Tensor, *, logit_clip: float = 10.0, low: float = 0
     """
     if not 0 < low <= high:
         raise InputError(f"the ratio's bounds must satisfy 0 < low ≤ high, these are {low} and {high}.", where="ratio_low")
-    raw_B = logits_BH.detach().float().mean(1).clamp(-logit_clip, logit_clip).exp()
-    value_B = raw_B.clamp(low, high)
-    return Ratio(value_B, value_B != raw_B)
+    logit_B = logits_BH.detach().float().mean(1)
+    known_B = logit_B.isfinite()
+    raw_B = torch.where(known_B, logit_B, torch.zeros_like(logit_B)).clamp(-logit_clip, logit_clip).exp()
+    value_B = torch.where(known_B, raw_B.clamp(low, high), torch.ones_like(raw_B))
+    return Ratio(value_B, (value_B != raw_B) & known_B, known_B)
 
 
 def noise_bins(schedule: NoiseSchedule, t: Tensor, count: int, axis: BinAxis = "index") -> Tensor:
@@ -65,8 +71,8 @@ def noise_bins(schedule: NoiseSchedule, t: Tensor, count: int, axis: BinAxis = "
     elif axis == "time":
         place = (t.double() - schedule.t_min) / (schedule.t_max - schedule.t_min)
     else:
-        ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64, device=t.device)
-        low, high = schedule.level(ends).clamp_min(SMALLEST_LEVEL).log().unbind()
+        ends = (torch.full((), end, dtype=torch.float64, device=t.device) for end in (schedule.t_min, schedule.t_max))
+        low, high = (schedule.level(end).clamp_min(SMALLEST_LEVEL).log() for end in ends)
         place = (schedule.level(t).clamp_min(SMALLEST_LEVEL).log() - low) / (high - low)
     return (place * count).long().clamp(0, count - 1)
 
@@ -86,10 +92,12 @@ class BinnedMean:
         self.decay = decay
         self.means_N = torch.ones(count)
 
-    def normalise(self, ratio_B: Tensor, bins_B: Tensor) -> Tensor:
-        """r̃ [B]: takes the batch into the means, then divides by them. bins_B: [B] int64, see `noise_bins`."""
+    def normalise(self, ratio_B: Tensor, bins_B: Tensor, known_B: Tensor | None = None) -> Tensor:
+        """r̃ [B]: takes the batch into the means, then divides by them. bins_B: [B] int64, see `noise_bins`; known_B: [B] bool, who counts (None: all)."""
         self.means_N = self.means_N.to(ratio_B.device)
         member_BN = torch.nn.functional.one_hot(bins_B, len(self.means_N)).to(ratio_B.dtype)
+        if known_B is not None:
+            member_BN = member_BN * known_B.unsqueeze(1)
         sums_N, counts_N = over_processes(torch.stack([ratio_B @ member_BN, member_BN.sum(0)])).unbind()
         moved_N = self.decay * self.means_N + (1 - self.decay) * sums_N / counts_N.clamp_min(1)
         self.means_N = torch.where(counts_N > 0, moved_N, self.means_N)
@@ -106,10 +114,18 @@ class BinnedMean:
         self.means_N = state["means"]
 
 
-def mean_one(weights_B: Tensor) -> Tensor:
-    """Stage 2: h̄ = h/(mean of h over the global batch + 1e-6), [B]."""
-    total, count = over_processes(torch.stack([weights_B.sum(), torch.ones_like(weights_B).sum()])).unbind()
-    return weights_B / (total / count + SMALLEST)
+def mean_one(weights_B: Tensor, known_B: Tensor | None = None) -> Tensor:
+    """Stage 2: h̄ = h/(mean of h over the global batch + 1e-6), [B]. known_B: [B] bool, whose weights count in the mean (None: all); of none it is 1."""
+    counts_B = torch.ones_like(weights_B) if known_B is None else known_B.to(weights_B.dtype)
+    total, count = over_processes(torch.stack([(weights_B * counts_B).sum(), counts_B.sum()])).unbind()
+    return weights_B / (torch.where(count > 0, total / count.clamp_min(1), 1.0) + SMALLEST)
+
+
+def not_in_parts(micro: int) -> None:
+    """Raise InputError in a micro-batch but the first where there are several processes: one with more of them than another would wait for ever in a sum."""
+    if micro > 0 and torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        fix = "Set train.accumulate to 1, or use one process."
+        raise InputError("weights over all processes cannot be had of batches that are cut into parts.", where="train.accumulate", fix=fix)
 
 
 def over_processes(sums: Tensor) -> Tensor:
@@ -149,11 +165,11 @@ class RatioWeights:
 
     def __call__(self, logits_BH: Tensor, schedule: NoiseSchedule, t: Tensor) -> Weights:
         """h̄ of the samples whose logits at x_t these are. logits_BH: [B, H], of the very x_t whose scores are weighted; t: [B] their times."""
-        r_B, clipped_B = density_ratio(logits_BH, logit_clip=self.logit_clip, low=self.low, high=self.high)
+        r_B, clipped_B, known_B = density_ratio(logits_BH, logit_clip=self.logit_clip, low=self.low, high=self.high)
         if self.stages in ("both", "ratio"):
-            r_B = self.bins.normalise(r_B, noise_bins(schedule, t, len(self.bins.means_N), self.axis))
+            r_B = self.bins.normalise(r_B, noise_bins(schedule, t, len(self.bins.means_N), self.axis), known_B)
         h_B = self.divergence.h(r_B)
-        return Weights(mean_one(h_B) if self.stages in ("both", "weight") else h_B, clipped_B)
+        return Weights(mean_one(h_B, known_B) if self.stages in ("both", "weight") else h_B, clipped_B)
 
 
 class WeightStatistics:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -52,6 +51,16 @@ class NoiseSchedule(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(t_min={self.t_min:g}, t_max={self.t_max:g})"
+
+    def _options(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is of the same type and options."""
+        return isinstance(other, NoiseSchedule) and type(self) is type(other) and self._options() == other._options()
+
+    def __hash__(self) -> int:
+        return hash((type(self), *sorted((name, str(value)) for name, value in self._options().items())))
 
     # ---- what a schedule is ---------------------------------------------------------------------------------------
 
@@ -266,17 +275,20 @@ class VPDiscrete(NoiseSchedule):
             raise InputError(f"unknown kind of betas '{kind}'.", where="kind", fix="Use scaled_linear or linear.")
         super().__init__(0.0, (count - 1) / count)
         self.beta_start, self.beta_end, self.count, self.kind = beta_start, beta_end, int(count), kind
+        self._tables: dict[torch.device, Tensor] = {}
 
-    @cached_property
-    def _log_alpha_bar(self) -> Tensor:
-        root = self.kind == "scaled_linear"
-        power = 0.5 if root else 1.0
-        betas = torch.linspace(self.beta_start**power, self.beta_end**power, self.count, dtype=torch.float64)
-        return torch.log1p(-(betas**2 if root else betas)).cumsum(0)
+    def _log_alpha_bar(self, device: torch.device) -> Tensor:
+        """log ᾱ of every step, made once a device: no copy from the host in a training step."""
+        if device not in self._tables:
+            root = self.kind == "scaled_linear"
+            power = 0.5 if root else 1.0
+            betas = torch.linspace(self.beta_start**power, self.beta_end**power, self.count, dtype=torch.float64)
+            self._tables[device] = torch.log1p(-(betas**2 if root else betas)).cumsum(0).to(device)
+        return self._tables[device]
 
     def _interpolated(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log ᾱ(t) and its derivative in t."""
-        table = self._log_alpha_bar.to(t.device)
+        table = self._log_alpha_bar(t.device)
         place = t.double() * self.count
         low = place.floor().clamp(0, self.count - 2).long()
         slope = table[low + 1] - table[low]
@@ -302,7 +314,7 @@ class VPDiscrete(NoiseSchedule):
 
     def time_of_level(self, level: Tensor) -> Tensor:
         """Where log ᾱ = −log(1 + level²)."""
-        table = -self._log_alpha_bar.to(level.device)
+        table = -self._log_alpha_bar(level.device)
         wanted = torch.log1p(level.double() ** 2)
         high = torch.searchsorted(table, wanted.contiguous()).clamp(1, self.count - 1)
         low = high - 1

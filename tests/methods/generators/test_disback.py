@@ -238,7 +238,7 @@ def test_the_optimum_of_stage_1_is_the_denoiser_of_the_initial_student() -> None
 def test_a_step_moves_the_mean_towards_the_node_and_not_towards_the_teacher() -> None:
     sigma, teacher_mean, node_mean, mean = 0.7, (0.0, 0.0), (3.0, -2.0), (2.0, 2.0)
     schedule = EDM(t_min=sigma, t_max=2 * sigma)
-    one_level = LevelSpec(kind="index", levels=2, high=0.5)
+    one_level = LevelSpec(kind="index", levels=2, high=0.1)
     method = bound(Shifted(mean), gaussian(teacher_mean, schedule), stage1_steps=2, record_every=1, iterations_per_node=1, levels=one_level)
     method.path.record(gaussian(node_mean))
     method.path.record(gaussian(mean))

@@ -13,6 +13,7 @@ from limbeck.contract import IGNORE, Batch, Clock, OptimiserSpec, Player, Update
 from limbeck.data.arrays import ArrayData
 from limbeck.diffusion.denoisers import Denoiser, Guided, MixtureDenoiser, NetworkDenoiser
 from limbeck.diffusion.discriminator import discriminator_loss, generator_loss
+from limbeck.diffusion.generator import Generator
 from limbeck.diffusion.networks import MLPNetwork
 from limbeck.diffusion.samplers import at
 from limbeck.diffusion.schedules import make_schedule
@@ -274,6 +275,32 @@ def test_no_pass_is_made_twice() -> None:
     assert seen == [("G", 8, True), ("T", 8, False), ("C", 8, False), ("C", 8, True)]
 
 
+@pytest.mark.parametrize("trunk", ["critic", "teacher", "own"])
+def test_the_generators_discriminator_drops_nothing(trunk) -> None:
+    own = {"name": "mlp_denoiser", "args": {"widths": [16], "dropout": 0.5}}
+    teacher = denoiser()
+    teacher.network.dropout.p = 0.5
+    method = bound(points(), teacher.eval(), gan={"trunk": trunk, "own_model": own})
+    x, modules = torch.randn(8, 2), (method.critic, method.discriminator)
+    for module in modules:
+        module.train()
+    found = [method.generator_update(x, None, Clock()).metrics["gan"] for _ in range(2)]
+    assert torch.equal(*found)
+    assert all(module.training for module in modules)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_answer_of_the_trunk_that_is_no_number_never_reaches_the_weights(bad) -> None:
+    method = bound(points(), gan={"trunk": "teacher", "weight": 1.0})
+    method.teacher.network.hidden[0].register_forward_hook(lambda _m, given, out: out + torch.where(given[0][:, :1] > 0, bad, 0.0))
+    update = of(method, "generator", batch_of(points()))
+    assert update.loss.isfinite()
+    assert 0 < update.metrics["broken"] < 1
+    found = torch.autograd.grad(update.metrics["gan"], list(method.student.parameters()))
+    assert all(g.isfinite().all() for g in found)
+    assert any(g.any() for g in found)  # the other samples' gradient arrives
+
+
 # ---- two time scales -------------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +463,17 @@ def test_samples_that_are_no_numbers_stop_the_run() -> None:
         trained(method, points()).fit()
 
 
+def test_one_sample_has_no_spread() -> None:
+    method = bound(points(512), gan=NO_GAN)
+    assert "spread" not in method.watched(torch.zeros(1, 2))
+    assert method.watched(torch.tensor([[0.0, 0.0], [2.0, 2.0]]))["spread"] == pytest.approx(2**0.5)
+    for spread in (math.nan, math.inf):  # not known, or not small: no collapse
+        assert not method.notice({"generator/spread": 0.5})
+        assert not method.notice({"generator/spread": spread, "progress": 0.9})
+    assert method.notice({"generator/spread": 1e-3, "progress": 0.9})
+    assert bound(points(1), gan=NO_GAN).expected_spread() is None
+
+
 def test_a_collapse_is_told() -> None:
     data = points(512)
     method = DMD2(gan=NO_GAN, start="fresh", ratio=1).bind(student=Point(), teacher=denoiser(), train=data)
@@ -535,6 +573,13 @@ def test_nothing_is_read_on_the_host_in_a_step() -> None:
 # ---- wrong input -----------------------------------------------------------------------------------------------------------
 
 
+def other(name: str, value: object) -> NetworkDenoiser:
+    """A student of the teacher's network that takes its weights to mean something else."""
+    found = denoiser()
+    setattr(found, name, value)
+    return found
+
+
 def test_wrong_input_is_named() -> None:
     unlabelled = points(classes=2)
     unlabelled._targets = torch.full((64,), IGNORE)
@@ -547,11 +592,21 @@ def test_wrong_input_is_named() -> None:
         "no times to train at": lambda: DMD2(start="fresh", times=[0.5]).bind(student=Point(), teacher=denoiser()),
         "needs training data": lambda: bound(None, steps=2, inputs="real"),
         "give themselves away": lambda: bound(unlabelled, denoiser(classes=2)),
+        "another schedule than": lambda: bound(student=denoiser("vp")),
+        "another sigma_data": lambda: bound(student=other("sigma_data", 1.0)),
+        "another prediction": lambda: bound(student=other("prediction", "eps")),
+        "another precondition": lambda: bound(student=other("precondition", "none")),
+        "of 2 calls already": lambda: bound(student=Generator(denoiser(), (80.0, 1.0)), start="fresh", steps=4),
+        "no classes": lambda: bound(gan=NO_GAN, guidance_scale=2.0),
+        "no network": lambda: DMD2(start="fresh").bind(student=denoiser(), teacher=gaussian(0, 1)),
         "no tap": lambda: bound(points(), gan={"taps": ["middle"]}),
         "unknown field": lambda: DMD2(gan={"wieght": 1}),
     }.items():
         with pytest.raises(InputError, match=said):
             make()
+    with pytest.raises(InputError) as error:
+        DMD2(start="fresh").bind(student=denoiser(), teacher=gaussian(0, 1))
+    assert error.value.where == "teacher.model"
 
 
 def test_what_comes_out_is_the_generator_with_its_times() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from limbeck.claims.studies.f_distill import KnownModes, exact_grid_denoiser, grid_corner
 from limbeck.contract import IGNORE, Batch, Clock
+from limbeck.data.arrays import ArrayData
 from limbeck.data.points import gaussian_grid, network_mixture_of
 from limbeck.diffusion.build import mixture_denoiser, mlp_denoiser, unet_denoiser
 from limbeck.diffusion.discriminator import generator_loss
@@ -144,6 +145,48 @@ def test_a_broken_direction_is_left_out() -> None:
     assert float(update.loss.detach()) == 0
 
 
+@pytest.mark.parametrize("discriminator", ["teacher", "critic", "own"])
+def test_a_critic_equal_to_the_teacher_gives_nothing_in_training_with_dropout(discriminator) -> None:
+    teacher = network(0)
+    teacher.network.dropout.p = 0.5
+    method = bound(teacher=teacher.eval(), discriminator=discriminator, adversarial_weight=0.0)
+    method.critic.load_state_dict(teacher.state_dict())
+    for player in method.players().values():
+        player.module.train()
+    (update,), _ = step(method, 0)
+    assert update.metrics["direction"] == 0
+    assert method.critic.network.dropout.training
+
+
+def test_ratios_alone_make_no_graph() -> None:
+    traced = []
+    for weight in (0.0, 1e-3):
+        method = bound(adversarial_weight=weight)
+        method.teacher.network.hidden[0].register_forward_hook(lambda _m, _i, out: traced.append(out.requires_grad))
+        (update,), _ = step(method, 0)
+        assert ("adversarial" in update.metrics) == bool(weight)
+    assert traced == [False, True]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_broken_answer_of_the_teacher_spoils_nothing(bad) -> None:
+    method = bound(divergence="forward_kl", adversarial_weight=1.0)
+    method.teacher.network.hidden[0].register_forward_hook(lambda _m, given, out: out + torch.where(given[0][:, :1] > 1, bad, 0.0))
+    (update,), _ = step(method, 0)
+    assert 0 < update.metrics["broken"] < 1
+    assert all(value.isfinite().all() for value in (update.loss, *update.metrics.values(), method.ratio_weights.bins.means_N))
+    for loss in (update.loss, update.metrics["adversarial"]):
+        found = gradients(loss, method.student)
+        assert all(g.isfinite().all() for g in found)
+        assert any(g.any() for g in found)  # the other samples' gradient arrives
+
+
+def test_samples_that_are_no_numbers_are_not_hidden() -> None:
+    method = bound(matching_weight=0.0, adversarial_weight=1.0)
+    method.student.network.head.bias.data[0] = math.nan
+    assert step(method, 0)[0][0].loss.isnan()
+
+
 # ---- critic and discriminator ----------------------------------------------------------------------------------------------
 
 
@@ -204,11 +247,9 @@ def test_real_samples_are_judged_with_their_own_labels() -> None:
     method = bound(3)
     inner = method.discriminator.features
     method.discriminator.features = lambda x, t, cond=None: seen.append(cond) or inner(x, t, cond)
-    labelled = Batch(torch.randn(4, 2), torch.tensor([2, IGNORE, 0, 1]), torch.arange(4))
+    labelled = Batch(torch.randn(4, 2), torch.tensor([2, 1, 0, 1]), torch.arange(4))
     list(method.updates(labelled, Clock(step=1)))
-    assert seen[0][4:].tolist() == [2, 3, 0, 1]
-    list(method.updates(Batch(labelled.inputs, None, labelled.ids), Clock(step=1)))
-    assert seen[1][4:].tolist() == [3, 3, 3, 3]
+    assert seen[0][4:].tolist() == [2, 1, 0, 1]
 
 
 def test_fake_and_real_get_times_of_their_own() -> None:
@@ -342,6 +383,12 @@ def test_wrong_input_is_named() -> None:
         bound(guidance_scale=2.0)
     with pytest.raises(InputError, match="critic"):
         bound(matching_weight=0.0, discriminator="critic")
+    with pytest.raises(InputError, match="another schedule"):
+        bound(teacher=mixture_denoiser(**MIXTURE, schedule="flow"), critic="student", discriminator="own", taps=("bottleneck",))
+    for targets in (None, torch.full((8,), IGNORE)):
+        data = ArrayData(torch.zeros(8, 2), targets, ["a", "b", "c"])
+        with pytest.raises(InputError, match="give themselves away"):
+            FDistill(start="fresh").bind(student=network(1, 3), teacher=network(0, 3), train=data)
     with pytest.raises(InputError, match="hidden7"):
         bound(taps=("hidden7",))
     for knobs in ({"divergence": "total_variation"}, {"generator_every": 1}, {"bin_decay": 1.0}, {"ratio_low": 2.0}, {"bin_axis": "sigma"}):
@@ -353,7 +400,7 @@ def test_times_are_the_published_part_of_the_list() -> None:
     t = FDistill().config.levels.sample(EDM(), 5000, torch.Generator().manual_seed(0))
     grid = EDM().grid(1000)
     assert t.min() >= grid[2]
-    assert t.max() <= grid[997]
+    assert t.max() <= grid[998]
 
 
 # ---- what the claim trains on ----------------------------------------------------------------------------------------------

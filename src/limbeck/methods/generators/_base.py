@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck.components import Component
-from limbeck.contract import Artefact, Clock, Frozen, Method
+from limbeck.contract import IGNORE, Artefact, Clock, Frozen, Method
 from limbeck.diffusion.denoisers import Denoiser, Guided, NetworkDenoiser
 from limbeck.diffusion.distribution import normal, random_labels
 from limbeck.diffusion.generator import DirectGenerator, Generator, Sampling, data_scale
@@ -40,10 +40,14 @@ class GeneratorMethod(Method):
     produces = "generator"
 
     def setup(self) -> None:
-        """The generator around the student, the guided teacher."""
+        """The generator around the student, the guided teacher. Raises InputError: guidance without classes."""
         self.generator: Sampling = self.make_generator()
         if self.needs_teacher:
-            self.guided = Guided(self.denoiser_teacher, getattr(self.config, "guidance_scale", 1.0))
+            scale = getattr(self.config, "guidance_scale", 1.0)
+            if scale != 1 and not (self.generator.num_classes and self.denoiser_teacher.num_classes):
+                fix = "Set it to 1, or give a teacher and a student with classes."
+                raise InputError("guidance needs conditions, and there are no classes.", where="method.guidance_scale", fix=fix)
+            self.guided = Guided(self.denoiser_teacher, scale)
         self.spread: float | None = None
         self.widest, self.lowest = 0.0, math.inf  # of the samples' spread against the expected, and of the critic's loss
 
@@ -63,6 +67,9 @@ class GeneratorMethod(Method):
         if getattr(self.config, "start", "fresh") == "teacher":
             same_weights(student, self.denoiser_teacher)
         if isinstance(student, Sampling):
+            if (steps := getattr(self.config, "steps", student.calls)) != student.calls:
+                what = f"the student is a generator of {student.calls} calls already, and {steps} are asked for."
+                raise InputError(what, where="method.steps", fix=f"Set steps to {student.calls}.")
             return student
         scale = data_scale(self.train_data, getattr(student, "shape", ()))
         if isinstance(student, Denoiser):
@@ -78,8 +85,15 @@ class GeneratorMethod(Method):
         """A trainable copy of the teacher, for the online score of the generator's samples. Raises InputError: the teacher is no network."""
         teacher = self.denoiser_teacher
         if not isinstance(teacher, NetworkDenoiser):
-            raise InputError(f"the critic starts as a copy of the teacher, and {type(teacher).__name__} is no network.", where="method.critic")
+            what = f"the critic starts as a copy of the teacher, and {type(teacher).__name__} is no network."
+            raise InputError(what, where="teacher.model", fix="Give a network (mlp_denoiser, unet_denoiser).")
         return copy.deepcopy(teacher).requires_grad_(True)
+
+    def check_labels(self, fix: str) -> None:
+        """Raise InputError where a generator with classes is to be compared to real data without: generator, critic and heads are told the class."""
+        targets = None if self.train_data is None else self.train_data.targets
+        if self.train_data is not None and self.generator.num_classes and (targets is None or bool((targets == IGNORE).any())):
+            raise InputError("real samples without a label give themselves away.", where="data", fix=fix)
 
     def frozen(self) -> Sequence[nn.Module]:
         """The teacher."""
@@ -108,13 +122,14 @@ class GeneratorMethod(Method):
     # ---- a watch over what goes wrong -----------------------------------------------------------------------------
 
     def watched(self, x: Tensor, broken: Tensor | None = None) -> dict[str, Tensor]:
-        """Metrics that `notice` reads: the samples' spread (mean standard deviation over the batch) and the share of directions that were no numbers."""
-        found: dict[str, Tensor] = {"spread": x.detach().float().flatten(1).std(0).mean()}
+        """Metrics that `notice` reads: the samples' spread (mean standard deviation over the batch; one sample has none) and the share of directions that
+        were no numbers."""
+        found: dict[str, Tensor] = {"spread": x.detach().float().flatten(1).std(0).mean()} if len(x) > 1 else {}
         return found if broken is None else found | {"broken": broken.float().mean()}
 
     def expected_spread(self) -> float | None:
         """The spread of real samples, in network units; None where there are no data to look at."""
-        if self.spread is None and self.train_data is not None:
+        if self.spread is None and self.train_data is not None and len(self.train_data) > 1:
             ids = torch.arange(min(512, len(self.train_data)))
             self.spread = float(self.train_data.prepare(self.train_data.fetch(ids)[0]).flatten(1).std(0).mean())
         return self.spread
@@ -129,9 +144,9 @@ class GeneratorMethod(Method):
         found = []
         spread, broken = row.get("generator/spread"), row.get("generator/broken", 0.0)
         expected = self.expected_spread() if spread is not None else None
-        if spread is not None and expected:
-            self.widest = max(self.widest, spread / expected) if math.isfinite(spread) else self.widest
-            if not spread >= COLLAPSED * expected and (self.widest >= SPREAD or row.get("progress", 0.0) >= 0.5):
+        if spread is not None and expected and math.isfinite(spread):
+            self.widest = max(self.widest, spread / expected)
+            if spread < COLLAPSED * expected and (self.widest >= SPREAD or row.get("progress", 0.0) >= 0.5):
                 found.append(f"the generator has collapsed: its samples spread less than {COLLAPSED:.0%} of what real ones do.")
         if broken > 0:
             found.append("some score directions held NaN or infinity and were left out.")
@@ -151,7 +166,11 @@ class GeneratorMethod(Method):
 
 
 def same_weights(student: nn.Module, teacher: nn.Module) -> None:
-    """Copy the teacher's weights into the student. Raises InputError: they are not built alike."""
+    """Copy the teacher's weights into the student. Raises InputError: they are not built alike, or the same weights mean something else in the student."""
+    for name in ("schedule", "prediction", "precondition", "sigma_data"):
+        if isinstance(teacher, NetworkDenoiser) and isinstance(student, NetworkDenoiser) and (its := getattr(teacher, name)) != (own := getattr(student, name)):
+            what = f"the teacher's weights are of another {name} than the student's: {its}, not {own}."
+            raise InputError(what, where="method.start", fix="Leave the student out of the recipe (it is then built as the teacher is), or set start: fresh.")
     try:
         student.load_state_dict(teacher.state_dict())
     except RuntimeError as error:

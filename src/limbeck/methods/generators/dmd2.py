@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from limbeck import seeds
-from limbeck.contract import IGNORE, Batch, Clock, OptimiserSpec, Paper, Phase, Player, Update, Workbench
+from limbeck.contract import Batch, Clock, OptimiserSpec, Paper, Phase, Player, Update, Workbench
 from limbeck.diffusion.denoisers import denoising_loss
 from limbeck.diffusion.discriminator import discriminator_loss, generator_loss
 from limbeck.diffusion.distribution import inject, normal, score_direction
@@ -98,10 +98,7 @@ class DMD2(GeneratorMethod):
         """Raise InputError where real data are asked for and missing, or labels are, which generator, critic and heads are told."""
         if self.train_data is None:
             raise InputError("inputs: real needs training data.", where="method.inputs", fix="Use inputs: simulated.")
-        targets = self.train_data.targets
-        if self.generator.num_classes and (targets is None or bool((targets == IGNORE).any())):
-            fix = "Label all, or set the teacher's conditional: false, or gan.weight: 0."
-            raise InputError("real samples without a label give themselves away.", where="data", fix=fix)
+        self.check_labels("Label all, or set the teacher's conditional: false, or gan.weight: 0.")
 
     def players(self) -> Mapping[str, Player]:
         """Generator and critic; the heads belong to the critic if it is their trunk, else there is a discriminator."""
@@ -162,7 +159,8 @@ class DMD2(GeneratorMethod):
         loss = inject(x, direction.g)
         metrics = self.watched(x, direction.broken) | {"matching": loss}
         if self.adversarial:
-            metrics["gan"] = generator_loss(generated_logits(self.discriminator, config.gan.levels, x, cond, draws))
+            with evaluating(self.discriminator):
+                metrics["gan"] = generator_loss(generated_logits(self.discriminator, config.gan.levels, x, cond, draws))
             loss = loss + config.gan.weight * metrics["gan"]
         if config.regression.weight > 0:
             metrics["regression"] = self.regress(len(x), clock)

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from limbeck import seeds
 from limbeck.components import Component
-from limbeck.contract import IGNORE, Batch, Clock, OptimiserSpec, Paper, Phase, Player, Update
+from limbeck.contract import Batch, Clock, OptimiserSpec, Paper, Phase, Player, Update
 from limbeck.diffusion.denoisers import NetworkDenoiser, denoising_loss
 from limbeck.diffusion.discriminator import generator_loss
-from limbeck.diffusion.distribution import direction_weight, inject, normal, untrained, without_broken
+from limbeck.diffusion.distribution import at_least_float32, direction_weight, inject, normal, untrained, without_broken
 from limbeck.diffusion.f_divergences import DIVERGENCES, Name
 from limbeck.diffusion.generator import Generator
 from limbeck.diffusion.levels import LevelSpec
 from limbeck.diffusion.noised_discriminator import NoisedDiscriminator, look, noised_pair, own_trunk, pair_loss
-from limbeck.diffusion.ratio import BinAxis, BinnedMean, RatioWeights, Stages, Weights, WeightStatistics
+from limbeck.diffusion.ratio import BinAxis, BinnedMean, RatioWeights, Stages, Weights, WeightStatistics, not_in_parts
 from limbeck.diffusion.schedules import expand
 from limbeck.errors import InputError
 from limbeck.methods.generators._base import GeneratorConfig, GeneratorMethod
@@ -80,8 +80,6 @@ class FDistill(GeneratorMethod):
         config = self.config
         if not (config.matching_weight or config.adversarial_weight):
             raise InputError("both weights are 0: the generator would learn nothing.", where="method.matching_weight")
-        if config.guidance_scale != 1 and not self.generator.num_classes:
-            raise InputError("guidance needs conditions, and the student takes none.", where="method.guidance_scale", fix="Set it to 1.")
         self.schedule = self.denoiser_teacher.schedule
         self.ratio_weights = RatioWeights(
             DIVERGENCES[config.divergence], BinnedMean(config.bins, config.bin_decay), axis=config.bin_axis, stages=config.normalise,
@@ -93,15 +91,18 @@ class FDistill(GeneratorMethod):
         self.discriminator = self.make_discriminator() if self.weighted or config.adversarial_weight else None
 
     def make_critic(self) -> NetworkDenoiser:
-        """A trainable copy of the teacher, or of the student as it starts. Raises InputError: that is no network denoiser."""
+        """A trainable copy of the teacher, or of the student as it starts. Raises InputError: that is no network denoiser of the teacher's schedule."""
         if self.config.critic == "teacher":
             return super().make_critic()
         if not isinstance(self.student, NetworkDenoiser):
             raise InputError(f"the critic starts as a copy of the student, a {type(self.student).__name__}, no denoiser.", where="method.critic")
+        if self.student.schedule != self.denoiser_teacher.schedule:
+            raise InputError("the student, of whom the critic is a copy, has another schedule than the teacher.", where="student.model")
         return copy.deepcopy(self.student).requires_grad_(True)
 
     def make_discriminator(self) -> NoisedDiscriminator:
-        """Heads on their trunk. Raises InputError: the trunk shows no features, or there is no critic to look through."""
+        """Heads on their trunk. Raises InputError: the trunk shows no features, there is no critic to look through, or real samples have no label."""
+        self.check_labels("Label all, or set the teacher's conditional: false.")
         config, trunk = self.config, self.denoiser_teacher if self.config.discriminator == "teacher" else self.critic
         if config.discriminator == "own":
             trunk = own_trunk(config.discriminator_model, self.schedule, self.generator.shape, self.generator.num_classes, self.seed)
@@ -161,15 +162,16 @@ class FDistill(GeneratorMethod):
         config = self.config
         x, cond = self.samples(count, clock)
         t, noise = self.noised(count, clock.generator("generator"))
-        x_t = self.schedule.add_noise(x, noise, t)
+        x_t = self.schedule.add_noise(at_least_float32(x if config.adversarial_weight else x.detach()), noise, t)  # ratios alone need no graph
         real, fake, logits_BH = look(x_t, t, cond, self.guided, self.critic, self.discriminator)
-        loss, metrics = x.new_zeros(()), self.watched(x)
+        loss, metrics = 0.0 * x.mean(), self.watched(x)  # no number where the samples are none, which `generator_loss` leaves out
         if logits_BH is not None and config.adversarial_weight:
             metrics["adversarial"] = generator_loss(logits_BH)
             loss = loss + config.adversarial_weight * metrics["adversarial"]
         if real is not None and fake is not None:
             scale_B, weights = direction_weight(x.detach(), real, t, self.schedule, "normalised"), None
             if self.weighted and logits_BH is not None:
+                not_in_parts(clock.micro)
                 weights = self.ratio_weights(logits_BH, self.schedule, t)
                 if clock.progress < config.warmup:
                     weights = Weights(torch.ones_like(weights.value), weights.clipped)
@@ -186,10 +188,9 @@ class FDistill(GeneratorMethod):
 
     def judged(self, discriminator: NoisedDiscriminator, fake: Tensor, cond: Tensor | None, batch: Batch, clock: Clock) -> dict[str, Tensor]:
         """The discriminator's features of fake and real samples, each at a time and noise of its own, and of real ones moved a little where R1 asks."""
-        config, draw, null = self.config, clock.generator("discriminator"), self.generator.num_classes
-        if cond is not None:  # real samples come with their own classes
-            own = torch.full_like(cond, null) if batch.targets is None else batch.targets.masked_fill(batch.targets == IGNORE, null)
-            cond = torch.cat([cond, own])
+        config, draw = self.config, clock.generator("discriminator")
+        if cond is not None and batch.targets is not None:  # real samples come with their own classes
+            cond = torch.cat([cond, batch.targets])
         t, noise = self.noised(2 * len(fake), draw)
         shift = config.r1_noise * normal(len(fake), self.generator.shape, draw) if config.r1_weight else None
         with torch.set_grad_enabled(config.discriminator == "own" or self.trunk_learns):
