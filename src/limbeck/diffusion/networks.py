@@ -129,7 +129,13 @@ class DenoisingNetwork(nn.Module, ABC):
         Raises:
             InputError: as `features`.
         """
-        return self._passed(x, time, cond, self._checked(x, cond, taps), cut=False)
+        wanted = self._checked(x, cond, taps)
+        found: dict[str, Tensor] = {}
+        value = x
+        for name, value in self.stages(x, time, cond):
+            if name in wanted:
+                found[name] = value
+        return value, found
 
     def forward_to_taps(self, x: Tensor, time: Tensor, cond: Tensor | None, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """As `forward_with`, with gradient to the features alone: what lies deeper than the last of the taps makes no graph.
@@ -137,13 +143,11 @@ class DenoisingNetwork(nn.Module, ABC):
         Raises:
             InputError: as `features`.
         """
-        return self._passed(x, time, cond, self._checked(x, cond, taps), cut=True)
-
-    def _passed(self, x: Tensor, time: Tensor, cond: Tensor | None, wanted: set[str], *, cut: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        wanted = self._checked(x, cond, taps)
         found: dict[str, Tensor] = {}
         value, stages = x, self.stages(x, time, cond)
         while True:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not (cut and len(found) == len(wanted))):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and len(found) < len(wanted)):
                 stage = next(stages, None)
             if stage is None:
                 return value, found

@@ -181,6 +181,17 @@ def test_one_broken_answer_of_the_teacher_spoils_nothing(bad) -> None:
         assert any(g.any() for g in found)  # the other samples' gradient arrives
 
 
+def test_weights_of_several_processes_refuse_batches_in_parts(monkeypatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums)
+    second = Clock(micro=1)
+    with pytest.raises(InputError, match="cut into parts"):
+        list(bound().updates(batch(), second))
+    for knobs in ({"normalise": "none"}, {"divergence": "reverse_kl"}):  # nothing is summed
+        assert len(list(bound(**knobs).updates(batch(), second))) == 1
+
+
 def test_samples_that_are_no_numbers_are_not_hidden() -> None:
     method = bound(matching_weight=0.0, adversarial_weight=1.0)
     method.student.network.head.bias.data[0] = math.nan

@@ -171,7 +171,7 @@ class FDistill(GeneratorMethod):
         if real is not None and fake is not None:
             scale_B, weights = direction_weight(x.detach(), real, t, self.schedule, "normalised"), None
             if self.weighted and logits_BH is not None:
-                not_in_parts(clock.micro)
+                not_in_parts(clock.micro if config.normalise != "none" else 0)
                 weights = self.ratio_weights(logits_BH, self.schedule, t)
                 if clock.progress < config.warmup:
                     weights = Weights(torch.ones_like(weights.value), weights.clipped)
