@@ -24,14 +24,14 @@ LETTERS = {
     "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ϵ", "varepsilon": "ε", "zeta": "ζ", "eta": "η", "theta": "θ", "kappa": "κ",
     "lambda": "λ", "mu": "μ", "nu": "ν", "xi": "ξ", "pi": "π", "rho": "ρ", "sigma": "σ", "tau": "τ", "phi": "ϕ", "varphi": "φ", "chi": "χ", "psi": "ψ",
     "omega": "ω", "Gamma": "Γ", "Delta": "Δ", "Theta": "Θ", "Lambda": "Λ", "Sigma": "Σ", "Phi": "Φ", "Psi": "Ψ", "Omega": "Ω",
-    "infty": "∞", "partial": "∂", "nabla": "∇", "ell": "ℓ",
+    "infty": "∞", "varnothing": "∅", "partial": "∂", "nabla": "∇", "ell": "ℓ",
 }  # fmt: skip
 SIGNS = {
     "in": "∈", "notin": "∉", "to": "→", "mapsto": "↦", "leftarrow": "←", "Rightarrow": "⇒", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠",
     "neq": "≠", "approx": "≈", "equiv": "≡", "sim": "∼", "propto": "∝", "cdot": "⋅", "times": "×", "pm": "±", "circ": "∘", "odot": "⊙", "top": "⊤",
     "cup": "∪", "cap": "∩", "subset": "⊂", "setminus": "∖", "forall": "∀", "exists": "∃", "mid": "∣", "ldots": "…", "dots": "…", "cdots": "⋯",
     "colon": ":", "sum": "∑", "prod": "∏", "int": "∫", "langle": "⟨", "rangle": "⟩", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉",
-    "lVert": "‖", "rVert": "‖", "lvert": "|", "rvert": "|",
+    "ll": "≪", "gg": "≫", "lVert": "‖", "rVert": "‖", "lvert": "|", "rvert": "|",
 }  # fmt: skip
 FUNCTIONS = {"log", "ln", "exp", "max", "min", "arg", "argmax", "argmin", "sup", "inf", "det", "dim", "tanh", "Pr"}
 ACCENTS = {"hat": "^", "widehat": "^", "bar": "¯", "overline": "¯", "tilde": "~", "dot": "˙", "vec": "→"}

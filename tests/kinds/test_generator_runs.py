@@ -301,6 +301,10 @@ def test_a_teacher_of_every_seed_is_measured_anew(tmp_path):
         ({"evaluate": {"features": {"kind": "classifier"}}}, "evaluate.features.kind"),
         ({"data": {"source": {"test": 4}}}, "data"),
         ({"train": {"sharding": "fsdp2"}}, "train.sharding"),
+        (
+            {"teacher": {"model": {"conditional": False}}, "student": {"model": {"name": "mlp_denoiser", "widths": [16, 16]}}, "method": {"start": "fresh"}},
+            "student.model",
+        ),
         ({"data": {"augment": {"mixup": 0.2}}}, "data.augment"),
     ],
 )

@@ -234,7 +234,8 @@ class DirectGenerator(Sampling):
 
     def forward(self, noise: Tensor, cond: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Noise [B, *shape] → samples [B, *shape]."""
-        return self.module(noise, cond) if self.num_classes else self.module(noise)
+        made: Tensor = self.module(noise, cond) if self.num_classes else self.module(noise)
+        return made.to(noise.dtype)  # autocast may have rounded it
 
     @property
     def arguments(self) -> Mapping[str, Any]:

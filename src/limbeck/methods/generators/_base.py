@@ -47,6 +47,9 @@ class GeneratorMethod(Method):
             if scale != 1 and not (self.generator.num_classes and self.denoiser_teacher.num_classes):
                 fix = "Set it to 1, or give a teacher and a student with classes."
                 raise InputError("guidance needs conditions, and there are no classes.", where="method.guidance_scale", fix=fix)
+            if self.generator.num_classes and not self.denoiser_teacher.num_classes:
+                fix = "Set the student's conditional: false, or give a conditional teacher."
+                raise InputError("the student takes classes, the teacher none.", where="student.model", fix=fix)
             self.guided = Guided(self.denoiser_teacher, scale)
         self.spread: float | None = None
         self.widest, self.lowest = 0.0, math.inf  # of the samples' spread against the expected, and of the critic's loss
