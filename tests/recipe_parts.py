@@ -137,6 +137,11 @@ def fast(method: str, folder: Path) -> Sequence[str]:
     settings = ["seeds=[0]", "data.test_size=60", "train.epochs=1", "evaluate.latency_repeats=3"]
     text = (folder / f"{method}.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
+    if "student" not in values or "denoiser" in str(values["student"]["model"]["name"]):
+        settings = ["train.steps=4", "train.batch_size=16", "data.source.count=200", "data.source.test=60", "evaluate.samples=50", "evaluate.latency_repeats=3"]
+        settings += ["teacher.train.steps=3"] if "teacher" in values else []
+        settings += {"disback": ["method.stage1_steps=2", "method.record_every=1", "method.iterations_per_node=1"]}.get(method, [])
+        return [part for setting in settings for part in ("--set", setting)]
     if "record" in values.get("teacher", {}):  # what is recorded must hold what is trained on
         recorded = folder / f"{method}_record.yaml"
         recorded.write_text(recorded.read_text(encoding="utf-8").replace("epochs: 20", "epochs: 1").replace("[32, 64, 128]", "[4]"), encoding="utf-8")

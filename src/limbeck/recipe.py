@@ -17,6 +17,7 @@ from limbeck.data.augment import AugmentSpec
 from limbeck.data.views import ViewSpec
 from limbeck.errors import InputError
 from limbeck.evaluate.features import FeatureSpec
+from limbeck.models import CATALOGUE
 from limbeck.train.config import TrainConfig
 
 _MAX_BYTES = 4 * 2**20  # of a recipe
@@ -168,13 +169,15 @@ class Recipe(Written):
     @model_validator(mode="before")
     @classmethod
     def _student_like_its_teacher(cls, values: Any) -> Any:
-        """A recipe without a student has one that is built as its only teacher is."""
+        """A recipe without a student has one that is built as its only teacher is, where that is one of limbeck's denoisers."""
         if not isinstance(values, Mapping) or values.get("student") is not None:
             return values
         teacher = values.get("teacher")
         alone = teacher[0] if isinstance(teacher, list | tuple) and len(teacher) == 1 else teacher
         model = alone.get("model") if isinstance(alone, Mapping) else getattr(alone, "model", None)
-        return values if model is None else {**values, "student": {"model": model}}
+        name = model.get("name") if isinstance(model, Mapping) else getattr(model, "name", model)
+        denoises = isinstance(name, str) and CATALOGUE.get(name, "").startswith("limbeck.diffusion.")
+        return {**values, "student": {"model": model}} if denoises else values
 
     @model_validator(mode="after")
     def _distinct_seeds(self) -> Self:
