@@ -1,4 +1,4 @@
-"""Keeps what a long run gave: `python tools/keep_run.py runs/fashion_dmd2` writes docs/evidence/runs/NAME.json and its pictures beside it.
+"""Keeps what a long run gave: `python tools/keep_run.py runs/fashion_dmd2` writes docs/evidence/long/NAME.json and its pictures beside it.
 
 The numbers of every arm, the facts, environment and recipe, as the run's result.json has them; learning curves are left out.
 """
@@ -32,4 +32,4 @@ def keep(run: Path, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(keep(Path(sys.argv[1]), ROOT / "docs" / "evidence" / "runs"))
+    print(keep(Path(sys.argv[1]), ROOT / "docs" / "evidence" / "long"))
