@@ -152,7 +152,7 @@ def test_diffusers_alone_gives_the_same_samples(sampled: Path, name: str) -> Non
     }
     for kind, samples in expected.items():
         assert samples.std() > 1e-3, kind  # something that could differ
-        torch.testing.assert_close(found[kind], samples, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[kind], samples, rtol=5e-5, atol=5e-5)  # another process sums in another order
 
 
 def test_the_folder_says_what_it_is(tmp_path: Path) -> None:
