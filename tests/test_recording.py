@@ -249,7 +249,8 @@ def test_two_processes_make_the_record_of_one(tmp_path: Path) -> None:
     one = [sys.executable, "-m", "limbeck", "record", str(tmp_path / "r.yaml"), "-q", "-o", str(tmp_path / "one")]
     subprocess.run(one, check=True, env=environment, capture_output=True)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *one[1:-1], str(tmp_path / "two")]
-    subprocess.run(launch, check=True, env=environment, capture_output=True, timeout=300)
+    done = subprocess.run(launch, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

@@ -198,6 +198,10 @@ class Phase:
     data_free: bool = False
 
 
+def _itself(sums: Tensor) -> Tensor:
+    return sums
+
+
 @dataclass
 class Clock:
     """Where training stands. `step` counts batches within the phase, `epoch` passes over its data (both from 0)."""
@@ -211,6 +215,9 @@ class Clock:
     rank: int = 0
     micro: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    world: int = 1
+    total: Callable[[Tensor], Tensor] = field(default=_itself, repr=False)
+    """A tensor's sum over all processes, which every one of them must ask for at the same point."""
 
     @property
     def progress(self) -> float:
@@ -334,6 +341,9 @@ class Method(ABC):
     def phases(self) -> Iterable[Phase]:
         """The stretches of training, in order. Cheap and repeatable: after a restart it is asked again, and those done are skipped."""
         return [Phase()]
+
+    def check_length(self, steps: int) -> None:
+        """Raise InputError where the recipe's `steps` are too few for a phase of that length; asked before anything is trained."""
 
     def enter(self, phase: Phase, clock: Clock, bench: Workbench) -> None:
         """Before a phase's first step and before its players are asked for: copy an old model, grow a head, start afresh."""

@@ -84,11 +84,7 @@ class Runner:
         if method.needs_teacher and not parts.teachers and parts.given_teacher is None and parts.record is None:
             raise InputError(f"the method '{type(method).__name__}' needs a teacher.", where="teacher", fix="Add a 'teacher:' section.")
         prepared, kind = parts.data(seed), self.kind
-        kind.check(prepared)
-        if parts.train.sharding == "fsdp2" and method.produces == "generator":
-            raise InputError("generators cannot be sharded yet.", where="train.sharding", fix="Use 'none'.")
-        if parts.augment.mixes and method.produces == "generator":
-            raise InputError("mixed images are no samples of the data.", where="data.augment", fix="Leave out mixup and cutmix.")
+        kind.check(prepared, parts.train, parts.augment)
         if method.needs_labels and prepared.train.targets is None:
             raise InputError("the method needs labels, the data have none.", where="data")
         if parts.train.sharding == "fsdp2" and parts.train.ema is not None:
@@ -136,9 +132,13 @@ class Runner:
         if config.sharding == "fsdp2" and len(list(method.phases())) > 1:
             raise InputError("methods of several phases cannot be sharded.", where=f"{where}.train.sharding".lstrip("."), fix="Use 'none'.")
         try:
-            BatchPlan(len(prepared.train), config.batch_size, seed=0, drop_last=config.drop_last)
+            plan = BatchPlan(len(prepared.train), config.batch_size, seed=0, drop_last=config.drop_last)
         except InputError as error:
             raise error.at(f"{where}.train" if where else "train") from error
+        try:
+            method.check_length(config.steps if config.steps is not None else (config.epochs or 0) * plan.steps_per_epoch)
+        except InputError as error:
+            raise error.at(where) if where else error from error
 
     def _has_alone(self, method: Method, prepared: Prepared) -> bool:
         """Whether the student is also trained without a teacher."""
@@ -150,7 +150,7 @@ class Runner:
         parts, kind = self.parts, self.kind
         prepared = parts.data(seed)
         place = self._place(seed)
-        kind.check(prepared)
+        kind.check(prepared, parts.train, parts.augment)
         teacher, reference = self.teacher(prepared, seed)
         method = parts.method()
         start = self.student(prepared, seed, teacher)
@@ -269,12 +269,11 @@ class Runner:
         method = make_method(spec.method)
         augment = self.parts.augment if spec.data is None else spec.data.augment
         made = self._train(method, module, prepared, seed, spec.train, place, teacher=teacher, label=f"{name} seed {seed}", test=False, augment=augment)
-        plain = method.produces == "generator"  # the network itself goes on, not the generator around it
+        artefact = self.kind.beforehand(method)
         if place is not None and rank() == 0:
-            artefact = Artefact("denoiser", method.student) if plain else None
             self._keep(made, prepared, place / "artefact", None, spec=spec, key=key, artefact=artefact)
         barrier()
-        return (method.student if plain else made.module).eval()
+        return artefact.module.eval()
 
     def _alone(self, prepared: Prepared, seed: int, start: nn.Module, folder: Path | None) -> Made:
         """The same student from the same start, on the labels alone, for as many steps and with the same optimiser."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from limbeck.claims.studies.boot import FewSteps, PairRegression, ddim_samples
+from limbeck.claims.studies.boot import FewSteps, PairRegression
 from limbeck.contract import Batch, Clock
 from limbeck.data.points import gaussian_ring
 from limbeck.diffusion import samplers
@@ -25,7 +25,7 @@ def test_pairs_cost_their_budget_and_are_the_samplers() -> None:
     shown: list[int] = []
     (update,) = method.updates(Batch(torch.zeros(4, 0)), Clock())
     assert sum(shown) == method.facts()["metrics"]["teacher_calls"] == 1000
-    noise, cond, samples = method.made_pairs(torch.device("cpu"))
+    noise, samples, cond = method.pairs.noise, method.pairs.samples, method.pairs.cond
     assert len(noise) == len(samples) == 50
     torch.testing.assert_close(samples, samplers.ddim(method.teacher, noise, method.teacher.schedule.steps(20), cond))
     chosen = torch.randint(50, (4,), generator=Clock().generator("pairs"))
@@ -41,6 +41,6 @@ def test_few_steps_train_nothing_and_sample_with_ddim() -> None:
     method = FewSteps(steps=3).bind(student=network(1), teacher=teacher, train=data, num_classes=8)
     assert Trainer(method, data, TrainConfig(steps=5)).fit().steps == 0
     noise, cond = normal(600, (2,), torch.Generator().manual_seed(0)), torch.arange(600) % 8
-    torch.testing.assert_close(method.inference()(noise, cond), ddim_samples(teacher, noise, cond, 3))
+    torch.testing.assert_close(method.inference()(noise, cond), samplers.ddim(teacher, noise, teacher.schedule.steps(3), cond))
     assert method.inference().calls == 3
     assert method.artefact().module is method.inference()

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.diffusion import ratio as module
 from limbeck.diffusion.f_divergences import DIVERGENCES
 from limbeck.diffusion.levels import LevelSpec
 from limbeck.diffusion.ratio import BinnedMean, RatioWeights, Weights, WeightStatistics, density_ratio, mean_one, noise_bins, not_in_parts
@@ -151,16 +150,21 @@ def test_each_stage_alone() -> None:
     torch.testing.assert_close(RatioWeights(kl, BinnedMean(10))(logits, EDM(), t).value, by_bin / (by_bin.mean() + 1e-6))
 
 
-def test_sums_run_over_all_processes(monkeypatch) -> None:
-    """Another process that saw ratios of 3 in bin 0, as many as we did: what is added is what all_reduce would add."""
+def test_sums_run_over_all_processes() -> None:
+    """Another process that saw ratios of 3 in bin 0, as many as we did: what is added is what it would add."""
     theirs = torch.tensor([[12.0, 0.0], [4.0, 0.0]])
-    monkeypatch.setattr(module.torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.torch.distributed, "all_reduce", lambda sums: sums.add_(theirs if sums.dim() == 2 else torch.tensor([36.0, 4.0])))
+
+    def total(sums: torch.Tensor) -> torch.Tensor:
+        return sums + (theirs if sums.dim() == 2 else torch.tensor([36.0, 4.0]))
+
     stage = BinnedMean(2)
-    found = stage.normalise(torch.ones(4), torch.zeros(4, dtype=torch.long))
+    found = stage.normalise(torch.ones(4), torch.zeros(4, dtype=torch.long), total=total)
     torch.testing.assert_close(stage.means_N, torch.tensor([2.0, 1.0]))
     torch.testing.assert_close(found, torch.full((4,), 0.5))
-    torch.testing.assert_close(mean_one(torch.ones(4)), torch.full((4,), 1 / 5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean_one(torch.ones(4), total=total), torch.full((4,), 1 / 5), rtol=1e-5, atol=0)
+    weights = RatioWeights(DIVERGENCES["forward_kl"], BinnedMean(1), stages="ratio")
+    ones = weights(torch.zeros(4, 1), EDM(), torch.full((4,), 1.0, dtype=torch.float64), lambda sums: 2 * sums)
+    torch.testing.assert_close(ones.value, torch.ones(4), rtol=1e-5, atol=0)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------------
@@ -205,13 +209,11 @@ def test_known_logits_give_what_they_gave_to_the_last_bit() -> None:
     assert torch.equal(mean_one(r, everyone), r / (r.sum() / 97 + 1e-6))
 
 
-def test_batches_in_parts_are_refused_where_there_are_several_processes(monkeypatch) -> None:
-    not_in_parts(1)
-    monkeypatch.setattr(module.torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.torch.distributed, "get_world_size", lambda: 2)
-    not_in_parts(0)
+def test_batches_in_parts_are_refused_where_there_are_several_processes() -> None:
+    not_in_parts(1, 1)
+    not_in_parts(0, 2)
     with pytest.raises(InputError, match="cut into parts"):
-        not_in_parts(1)
+        not_in_parts(1, 2)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))

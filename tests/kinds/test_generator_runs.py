@@ -306,6 +306,7 @@ def test_a_teacher_of_every_seed_is_measured_anew(tmp_path):
             "student.model",
         ),
         ({"data": {"augment": {"mixup": 0.2}}}, "data.augment"),
+        ({"method": {"name": "disback", "stage1_steps": 4, "record_every": 1, "iterations_per_node": 3}}, "train.steps"),
     ],
 )
 def test_what_would_fail_at_the_end_is_told_at_once(changes, where, tmp_path, monkeypatch):

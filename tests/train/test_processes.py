@@ -36,6 +36,15 @@ def free_port():
         return s.getsockname()[1]
 
 
+def test_processes_launched_without_a_gpu_are_one_group():
+    """Accelerate joins them only where it is told that it is to use the CPU; each alone would do the whole work, into the same folder."""
+    script = "from limbeck.train import parallel; print('of', parallel.accelerator('no').num_processes, flush=True)"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", sys.executable, "-c", script]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of 2") == 2
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_writes_a_checkpoint_and_leaves(tmp_path, number, code):
     process = worker("slow", tmp_path)

@@ -32,7 +32,6 @@ MODEL_CONFIG, PIPELINE_CONFIG, SCHEDULER_CONFIG = "config.json", "model_index.js
 SCHEDULERS = ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "DPMSolverMultistep", "UniPCMultistep", "LCM")
 """Schedulers of diffusers that say with β's how their network was trained."""
 PREDICTIONS: Mapping[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-PREDICTION_TYPES: Mapping[str, str] = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 
 
 def library() -> Any:

@@ -166,8 +166,8 @@ def mlp_generator(
     return NoiseMap(MLPNetwork(input_shape, widths, num_classes=num_classes if conditional else 0, zero_output=False), offset)
 
 
-def _inner(component: Mapping[str, Any], num_classes: int, input_shape: Sequence[int], where: str) -> nn.Module:
-    """The module that a generator is built around."""
+def inner_module(component: Mapping[str, Any], num_classes: int, input_shape: Sequence[int], where: str) -> nn.Module:
+    """The module that a generator is built around. Raises InputError: it is no component, cannot be built, or is no module."""
     try:
         found = build(Component.model_validate(component), CATALOGUE, "model", num_classes=num_classes, input_shape=tuple(input_shape))
     except ValidationError as error:
@@ -193,14 +193,14 @@ def generator(
     Raises:
         InputError: the denoiser cannot be built or is none, or the times do not fit it.
     """
-    inner = _inner(denoiser, num_classes, input_shape, "denoiser")
+    inner = inner_module(denoiser, num_classes, input_shape, "denoiser")
     if not isinstance(inner, Denoiser):
         raise InputError(f"{type(inner).__name__} is no denoiser.", where="denoiser")
-    return Generator(inner, times, mode=mode, share=share, scale=_scale(scale))
+    return Generator(inner, times, mode=mode, share=share, scale=artefact_scale(scale))
 
 
-def _scale(given: Mapping[str, Any] | None) -> DataScale:
-    """The data scale of an artefact."""
+def artefact_scale(given: Mapping[str, Any] | None) -> DataScale:
+    """The data scale of an artefact. Raises InputError: it is none."""
     try:
         return DataScale(**(given or {}))
     except (TypeError, ValueError) as error:
@@ -213,5 +213,5 @@ def direct_generator(module: Mapping[str, Any], num_classes: int, input_shape: S
     Raises:
         InputError: the module cannot be built.
     """
-    inner = _inner(module, num_classes, input_shape, "module")
-    return DirectGenerator(inner, input_shape, num_classes=int(getattr(inner, "num_classes", 0)), scale=_scale(scale))
+    inner = inner_module(module, num_classes, input_shape, "module")
+    return DirectGenerator(inner, input_shape, num_classes=int(getattr(inner, "num_classes", 0)), scale=artefact_scale(scale))

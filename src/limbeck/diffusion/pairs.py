@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,14 +11,13 @@ from torch import Tensor
 
 from limbeck import seeds
 from limbeck.contract import Frozen
-from limbeck.diffusion import samplers
+from limbeck.diffusion.consistency import huber_constant, pseudo_huber
 from limbeck.diffusion.denoisers import Denoiser
 from limbeck.diffusion.distribution import normal, random_labels
+from limbeck.diffusion.generator import TeacherSampler
 from limbeck.modes import evaluating
 
 Distance = Literal["squared", "pseudo_huber"]
-HUBER = 0.00054
-"""c = 0.00054 √d of the pseudo-Huber distance (arXiv 2310.14189, §3.3)."""
 
 
 class RegressionSpec(Frozen):
@@ -51,43 +48,23 @@ class Pairs:
         which = torch.randint(len(self.noise), (count,), generator=generator, device=generator.device)
         return self.noise[which], self.samples[which], None if self.cond is None else self.cond[which]
 
-    def to(self, device: torch.device) -> Pairs:
-        """The same pairs on a device (themselves, if they are there)."""
-        if self.noise.device == device:
-            return self
-        return Pairs(self.noise.to(device), self.samples.to(device), None if self.cond is None else self.cond.to(device))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return {"noise": self.noise, "samples": self.samples} | ({} if self.cond is None else {"cond": self.cond})
-
-    @staticmethod
-    def of(state: Mapping[str, Tensor]) -> Pairs:
-        """The pairs of a `state_dict`."""
-        return Pairs(state["noise"], state["samples"], state.get("cond"))
-
 
 @torch.no_grad()
-def make_pairs(denoiser: Denoiser, spec: RegressionSpec, seed: int, device: torch.device, batch_size: int = 256) -> Pairs:
-    """`spec.pairs` pairs by Heun's sampler in `spec.steps` steps, with labels drawn uniformly: a function of the seed and the denoiser alone."""
-    times, count, generator = denoiser.schedule.steps(spec.steps), spec.pairs, seeds.generator(seed, "pairs", device=device)
+def make_pairs(denoiser: Denoiser, count: int, steps: int, seed: int, device: torch.device, *, sampler: str = "heun", batch_size: int = 256) -> Pairs:
+    """`count` pairs by a deterministic sampler in `steps` steps, labels drawn uniformly.
+
+    A function of seed and denoiser alone, so that they can be made again after a restart and no checkpoint holds them.
+    """
+    generator, teacher = seeds.generator(seed, "pairs", device=device), TeacherSampler(denoiser, steps, sampler=sampler)
     noise, cond = normal(count, denoiser.shape, generator), random_labels(count, denoiser.num_classes, generator)
-    found = []
+    parts = [slice(first, first + batch_size) for first in range(0, count, batch_size)]
     with evaluating(denoiser):
-        for first in range(0, count, batch_size):
-            z = noise[first : first + batch_size]
-            start = denoiser.schedule.start(z, samplers.at(times[0], z))
-            found.append(samplers.heun(denoiser, start, times, None if cond is None else cond[first : first + batch_size]))
-    return Pairs(noise, torch.cat(found), cond)
+        return Pairs(noise, torch.cat([teacher(noise[part], None if cond is None else cond[part]) for part in parts]), cond)
 
 
 def pair_distance(x: Tensor, y: Tensor, kind: Distance) -> Tensor:
-    """A scalar: squared: mean over all entries of (x − y)². pseudo_huber: mean over samples of √(‖x − y‖² + c²) − c, c = 0.00054 √d.
+    """A scalar: squared: mean over all entries of (x − y)². pseudo_huber: mean over samples of `consistency.pseudo_huber`, c = 0.00054 √d (arXiv 2310.14189).
 
     DMD takes LPIPS, which needs a pretrained network that is not part of this library.
     """
-    if kind == "squared":
-        return (x - y).square().mean()
-    squared = (x - y).square().flatten(1)
-    c = HUBER * math.sqrt(squared.shape[1])
-    return ((squared.sum(1) + c**2).sqrt() - c).mean()
+    return (x - y).square().mean() if kind == "squared" else pseudo_huber(x, y, huber_constant(x.shape[1:])).mean()

@@ -3,14 +3,14 @@
 A discriminator trained with softplus(ℓ_fake) + softplus(−ℓ_real) ends at ℓ = log p − log q, so r̂ = exp ℓ. Since E_q[r] = 1 at every noise level, r̂ is
 divided by its mean per bin of noise levels (stage 1), and the weights by their mean over the batch (stage 2).
 
-Legend: B samples, H heads, N bins; t [B] float64. Everything is detached, float32, and stays on the device. Sums run over all processes where there are
-several (torch.distributed); with one process they are plain sums over its batch, and no communication happens. Micro-batches count as batches of their own,
-of which several processes need not have equally many: see `not_in_parts`. A sample whose logit is no number counts for nothing: r̂ = 1, and no sum has it.
+Legend: B samples, H heads, N bins; t [B] float64. Everything is detached, float32, and stays on the device. Sums run over all processes where the
+caller says how (`contract.Clock.total`), else over the batch at hand. Micro-batches count as batches of their own, of which several processes need not have
+equally many: see `not_in_parts`. A sample whose logit is no number counts for nothing: r̂ = 1, and no sum has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,6 +29,15 @@ SMALLEST = 1e-6
 """Added to every mean that is divided by (FastGen's)."""
 SMALLEST_LEVEL = 1e-4
 """The least noise level σ/α that the axis 'log_level' tells apart (ours: some schedules begin at 0)."""
+
+
+Total = Callable[[Tensor], Tensor]
+"""A tensor's sum over all processes (`contract.Clock.total`)."""
+
+
+def alone(sums: Tensor) -> Tensor:
+    """The sum over the one process that there is: the tensor itself."""
+    return sums
 
 
 class Ratio(NamedTuple):
@@ -92,13 +101,16 @@ class BinnedMean:
         self.decay = decay
         self.means_N = torch.ones(count)
 
-    def normalise(self, ratio_B: Tensor, bins_B: Tensor, known_B: Tensor | None = None) -> Tensor:
-        """r̃ [B]: takes the batch into the means, then divides by them. bins_B: [B] int64, see `noise_bins`; known_B: [B] bool, who counts (None: all)."""
+    def normalise(self, ratio_B: Tensor, bins_B: Tensor, known_B: Tensor | None = None, total: Total = alone) -> Tensor:
+        """r̃ [B]: takes the batch into the means, then divides by them.
+
+        bins_B: [B] int64, see `noise_bins`. known_B: [B] bool, who counts (None: all). total: sums over the processes.
+        """
         self.means_N = self.means_N.to(ratio_B.device)
         member_BN = torch.nn.functional.one_hot(bins_B, len(self.means_N)).to(ratio_B.dtype)
         if known_B is not None:
             member_BN = member_BN * known_B.unsqueeze(1)
-        sums_N, counts_N = over_processes(torch.stack([ratio_B @ member_BN, member_BN.sum(0)])).unbind()
+        sums_N, counts_N = total(torch.stack([ratio_B @ member_BN, member_BN.sum(0)])).unbind()
         moved_N = self.decay * self.means_N + (1 - self.decay) * sums_N / counts_N.clamp_min(1)
         self.means_N = torch.where(counts_N > 0, moved_N, self.means_N)
         return ratio_B / (self.means_N[bins_B] + SMALLEST)
@@ -114,25 +126,21 @@ class BinnedMean:
         self.means_N = state["means"]
 
 
-def mean_one(weights_B: Tensor, known_B: Tensor | None = None) -> Tensor:
-    """Stage 2: h̄ = h/(mean of h over the global batch + 1e-6), [B]. known_B: [B] bool, whose weights count in the mean (None: all); of none it is 1."""
+def mean_one(weights_B: Tensor, known_B: Tensor | None = None, total: Total = alone) -> Tensor:
+    """Stage 2: h̄ = h/(mean of h over the global batch + 1e-6), [B].
+
+    known_B: [B] bool, whose weights count in the mean (None: all); of none it is 1. total: sums over the processes.
+    """
     counts_B = torch.ones_like(weights_B) if known_B is None else known_B.to(weights_B.dtype)
-    total, count = over_processes(torch.stack([(weights_B * counts_B).sum(), counts_B.sum()])).unbind()
-    return weights_B / (torch.where(count > 0, total / count.clamp_min(1), 1.0) + SMALLEST)
+    summed, count = total(torch.stack([(weights_B * counts_B).sum(), counts_B.sum()])).unbind()
+    return weights_B / (torch.where(count > 0, summed / count.clamp_min(1), 1.0) + SMALLEST)
 
 
-def not_in_parts(micro: int) -> None:
+def not_in_parts(micro: int, world: int) -> None:
     """Raise InputError in a micro-batch but the first where there are several processes: one with more of them than another would wait for ever in a sum."""
-    if micro > 0 and torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if micro > 0 and world > 1:
         fix = "Set train.accumulate to 1, or use one process."
         raise InputError("weights over all processes cannot be had of batches that are cut into parts.", where="train.accumulate", fix=fix)
-
-
-def over_processes(sums: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place; the tensor itself where there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums
 
 
 class Weights(NamedTuple):
@@ -163,13 +171,16 @@ class RatioWeights:
         self.divergence, self.bins, self.axis, self.stages = divergence, bins, axis, stages
         self.logit_clip, self.low, self.high = logit_clip, low, high
 
-    def __call__(self, logits_BH: Tensor, schedule: NoiseSchedule, t: Tensor) -> Weights:
-        """h̄ of the samples whose logits at x_t these are. logits_BH: [B, H], of the very x_t whose scores are weighted; t: [B] their times."""
+    def __call__(self, logits_BH: Tensor, schedule: NoiseSchedule, t: Tensor, total: Total = alone) -> Weights:
+        """h̄ of the samples whose logits at x_t these are.
+
+        logits_BH: [B, H], of the very x_t whose scores are weighted. t: [B] their times. total: sums over the processes.
+        """
         r_B, clipped_B, known_B = density_ratio(logits_BH, logit_clip=self.logit_clip, low=self.low, high=self.high)
         if self.stages in ("both", "ratio"):
-            r_B = self.bins.normalise(r_B, noise_bins(schedule, t, len(self.bins.means_N), self.axis), known_B)
+            r_B = self.bins.normalise(r_B, noise_bins(schedule, t, len(self.bins.means_N), self.axis), known_B, total)
         h_B = self.divergence.h(r_B)
-        return Weights(mean_one(h_B, known_B) if self.stages in ("both", "weight") else h_B, clipped_B)
+        return Weights(mean_one(h_B, known_B, total) if self.stages in ("both", "weight") else h_B, clipped_B)
 
 
 class WeightStatistics:

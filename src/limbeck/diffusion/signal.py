@@ -14,17 +14,15 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from limbeck.components import Component, build
 from limbeck.diffusion import samplers
+from limbeck.diffusion.build import artefact_scale, inner_module
 from limbeck.diffusion.denoisers import NetworkDenoiser
 from limbeck.diffusion.generator import DataScale, Sampling
 from limbeck.diffusion.networks import TimeFeatures
 from limbeck.diffusion.schedules import NoiseSchedule, divisor, expand
 from limbeck.errors import InputError
-from limbeck.models import CATALOGUE
 
 Space = Literal["signal", "noisy"]
 """What the student puts out along the path: y_t (BOOT), or x_t itself (what the claim compares it with)."""
@@ -312,10 +310,7 @@ def signal_generator(
     Raises:
         InputError: the denoiser cannot be built or is no network that denoises.
     """
-    try:
-        inner = build(Component.model_validate(denoiser), CATALOGUE, "model", num_classes=num_classes, input_shape=tuple(input_shape))
-    except ValidationError as error:
-        raise InputError("this is no component: give 'name' or 'target', with 'args'.", where="denoiser") from error
+    inner = inner_module(denoiser, num_classes, input_shape, "denoiser")
     if not isinstance(inner, NetworkDenoiser):
         raise InputError(f"{type(inner).__name__} is no network that denoises.", where="denoiser")
-    return SignalGenerator(inner, guidance_range=guidance_range, guidance_scale=guidance_scale, space=space, scale=DataScale(**(scale or {})))
+    return SignalGenerator(inner, guidance_range=guidance_range, guidance_scale=guidance_scale, space=space, scale=artefact_scale(scale))

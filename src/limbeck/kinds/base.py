@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from limbeck.contract import Data, Method
+from limbeck.contract import Artefact, Data, Method
+from limbeck.data import AugmentSpec
 from limbeck.ingredients import Prepared
 from limbeck.recipe import EvaluateSpec
 from limbeck.report.summary import Outcome, Picture, Role
+from limbeck.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,12 @@ class Kind(ABC):
         return ()
 
     @abstractmethod
-    def check(self, prepared: Prepared) -> None:
-        """Raise InputError where the data cannot be measured against."""
+    def check(self, prepared: Prepared, train: TrainConfig, augment: AugmentSpec) -> None:
+        """Raise InputError where the data cannot be measured against, or cannot be trained on as the recipe says."""
+
+    def beforehand(self, method: Method) -> Artefact:
+        """What a network that was trained beforehand goes on as."""
+        return method.artefact()
 
     @abstractmethod
     def fits(self, module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:

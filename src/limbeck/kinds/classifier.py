@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.contract import Batch, Data, Method, Teacher
+from limbeck.data import AugmentSpec
 from limbeck.errors import InputError
 from limbeck.evaluate.classifier import classifier_metrics
 from limbeck.evaluate.predict import predict
@@ -18,6 +19,7 @@ from limbeck.kinds.base import Kind, Measured
 from limbeck.report.summary import Outcome
 from limbeck.teachers import as_teacher
 from limbeck.teachers.recorded import RecordTeacher
+from limbeck.train import TrainConfig
 
 NAMES = ("accuracy", "nll", "ece", "brier", "agreement", "kl_to_teacher")
 
@@ -28,8 +30,11 @@ class ClassifierKind(Kind):
     name = "classifier"
     trains_alone = True
 
-    def check(self, prepared: Prepared) -> None:
+    def check(self, prepared: Prepared, train: TrainConfig, augment: AugmentSpec) -> None:
         """There must be classes, and the test data must have labels."""
+        self._measurable(prepared)
+
+    def _measurable(self, prepared: Prepared) -> None:
         if not prepared.num_classes:
             raise InputError("the training set has neither class names nor targets.", where="data", fix="Give it targets, or name its classes.")
         if prepared.test.targets is None:
@@ -91,7 +96,7 @@ class ClassifierKind(Kind):
     def evaluated(self, module: nn.Module, prepared: Prepared) -> dict[str, float]:
         """On the test data, without a teacher."""
         self.fits(module, prepared.test.prepare(prepared.test.fetch(torch.arange(min(2, len(prepared.test))))[0]), prepared, "student")
-        self.check(prepared)
+        self._measurable(prepared)
         assert prepared.test.targets is not None
         found = classifier_metrics(predict(module, prepared.test, batch_size=self.evaluate.batch_size), prepared.test.targets)
         values = {"accuracy": found.accuracy, "nll": found.nll, "ece": found.ece, "brier": found.brier, "samples": found.labelled}

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.contract import Data, Method
+from limbeck.contract import Artefact, Data, Method
+from limbeck.data import AugmentSpec
 from limbeck.data.points import Mixture, network_mixture_of
 from limbeck.diffusion.denoisers import Denoiser, Guided
 from limbeck.diffusion.generator import DataScale, Sampling, TeacherSampler, data_scale
@@ -24,6 +25,7 @@ from limbeck.kinds.base import Kind, Measured
 from limbeck.modes import evaluating
 from limbeck.report.samples import image_grid, scatter
 from limbeck.report.summary import Outcome, Picture
+from limbeck.train import TrainConfig
 
 IMAGE_HEADLINE = ("fid", "mmd2", "precision", "recall", "coverage", "paired_rmse", "calls", "seconds_per_sample")
 POINT_HEADLINE = ("mmd2", "sliced_wasserstein", "energy_distance", "modes_covered", "outliers", "frequency_tv", "paired_rmse", "calls", "seconds_per_sample")
@@ -71,8 +73,19 @@ class GeneratorKind(Kind):
         known = network_mixture_of(prepared.test) is not None
         return tuple(name for name in POINT_HEADLINE if known or name not in ("modes_covered", "outliers", "frequency_tv"))
 
-    def check(self, prepared: Prepared) -> None:
-        """There must be real samples to compare with."""
+    def check(self, prepared: Prepared, train: TrainConfig, augment: AugmentSpec) -> None:
+        """There must be real samples to compare with, unmixed ones to train on, and whole networks to sample from."""
+        if train.sharding == "fsdp2":
+            raise InputError("generators cannot be sharded yet.", where="train.sharding", fix="Use 'none'.")
+        if augment.mixes:
+            raise InputError("mixed images are no samples of the data.", where="data.augment", fix="Leave out mixup and cutmix.")
+        self._measurable(prepared)
+
+    def beforehand(self, method: Method) -> Artefact:
+        """The denoiser, not the generator around it."""
+        return Artefact("denoiser", method.student)
+
+    def _measurable(self, prepared: Prepared) -> None:
         if len(prepared.test) < LEAST_REAL:
             raise InputError(f"the test data have {len(prepared.test)} samples, too few to compare with.", where="data", fix=f"Use at least {LEAST_REAL}.")
         spec = self.evaluate.features
@@ -287,7 +300,7 @@ class GeneratorKind(Kind):
 
     def evaluated(self, module: nn.Module, prepared: Prepared) -> dict[str, float]:
         """On the test data, without a teacher."""
-        self.check(prepared)
+        self._measurable(prepared)
         return self.metrics(self.outcome(0, module, prepared, self.reference(None, prepared, None)))
 
 

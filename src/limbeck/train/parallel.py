@@ -6,6 +6,7 @@ modules by their own names, several of them, several times a step, which DDP's f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,9 +29,13 @@ def accelerator(precision: Literal["no", "bf16", "fp16"], *, cpu: bool = False) 
 
     AcceleratorState._reset_state()
     try:
-        return Accelerator(mixed_precision=precision, cpu=cpu)
+        made = Accelerator(mixed_precision=precision, cpu=cpu or not torch.accelerator.is_available())  # launched without a GPU, Accelerate must be told
     except ValueError as error:
         raise InputError(f"this machine cannot train in {precision}: {error}", where="train.precision", fix="Use 'no' or 'bf16'.") from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if made.num_processes != launched:
+        raise RuntimeError(f"{launched} processes were launched, but this one has joined a group of {made.num_processes}")
+    return made
 
 
 def keep_freed_memory() -> None:
@@ -110,6 +115,13 @@ def broadcast(module: nn.Module, world: int, *, parameters: bool) -> None:
     tensors = [*module.buffers(), *(module.parameters() if parameters else ())]
     for tensor in tensors:
         dist.broadcast(tensor.data, src=0)
+
+
+def total(sums: Tensor) -> Tensor:
+    """The sum of a tensor over all processes; its own memory is left alone."""
+    found = sums.clone()
+    torch.distributed.all_reduce(found)
+    return found
 
 
 def agree(flags: Sequence[int], device: torch.device, world: int) -> list[int]:

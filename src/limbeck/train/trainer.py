@@ -186,6 +186,7 @@ class Trainer:
         self._saved_at = self._began
         try:
             with self._signals():
+                self.method.check_length(self._length(Phase(), self._plan(Phase(), 0)))
                 index, step = self._restore()
                 restored = self.total if index and not step else -1
                 for player in self.method.players().values():
@@ -212,7 +213,9 @@ class Trainer:
         return self._before + time.monotonic() - self._began
 
     def _phase(self, phase: Phase, index: int, start: int) -> None:
-        clock = Clock(self.seed, phase.name, index, start, rank=self.rank, device=self.device)
+        clock = Clock(self.seed, phase.name, index, start, rank=self.rank, device=self.device, world=self.world)
+        if self.world > 1:
+            clock.total = parallel.total
         if start == 0:
             self.method.enter(phase, clock, self)
             self._seat(phase)

@@ -251,8 +251,10 @@ def test_what_is_refused() -> None:
         bound(network(7, schedule={"name": "cosine", "t_max": 0.99}))
     with pytest.raises(InputError, match="cannot start from the teacher's weights"):
         bound(exact())
-    with pytest.raises(InputError, match="guidance needs a teacher with classes"):
+    with pytest.raises(InputError, match="guidance needs conditions, and there are no classes"):
         bound(network(7, conditional=False), network(1, conditional=False), guidance_scale=2)
+    with pytest.raises(InputError, match="guidance needs a teacher with classes"):
+        bound(network(7, conditional=False), network(1, conditional=False), guidance_range=(1, 3), guidance_scale=1)
     with pytest.raises(InputError, match="guidance_range"):
         Boot(guidance_range=(2, 4))
     with pytest.raises(InputError, match="guidance_range"):

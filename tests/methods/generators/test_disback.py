@@ -243,11 +243,11 @@ def test_a_step_moves_the_mean_towards_the_node_and_not_towards_the_teacher() ->
     method.path.record(gaussian(node_mean))
     method.path.record(gaussian(mean))
     method.critic.load_state_dict(gaussian(mean).state_dict())
-    target = method.target_at(0, 2)
+    target = method.target_at(0)
     (gradient,) = torch.autograd.grad(method.generator_update(target, B, Clock()).loss, method.student.mean)
     expected = sigma**2 * (torch.tensor(mean) - torch.tensor(node_mean)) / (SPREAD**2 + sigma**2)  # w (μ − μ_i)/(s² + σ²), w = σ²
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
-    target = method.target_at(1, 2)
+    target = method.target_at(1)
     (gradient,) = torch.autograd.grad(method.generator_update(target, B, Clock()).loss, method.student.mean)
     torch.testing.assert_close(gradient, sigma**2 * torch.tensor(mean) / (SPREAD**2 + sigma**2), rtol=1e-4, atol=1e-5)
 
@@ -344,11 +344,11 @@ def test_a_student_from_the_teacher_starts_at_its_level() -> None:
 def test_guidance_goes_to_the_target_of_the_moment() -> None:
     method = bound(denoiser(9, 3), denoiser(0, 3), start="teacher", guidance_scale=2.0, stage1_steps=2, record_every=1, iterations_per_node=1)
     train(method, 2)
-    method.target_at(0, 2)
+    method.target_at(0)
     node, x_t, t, cond = denoiser(0, 3), torch.randn(4, 2), torch.full((4,), 0.5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     method.path.load(1, node)
     conditional, free = node(x_t, t, cond), node(x_t, t, torch.full((4,), 3))
-    torch.testing.assert_close(method.target_at(0, 2)(x_t, t, cond), free + 2 * (conditional - free))
+    torch.testing.assert_close(method.target_at(0)(x_t, t, cond), free + 2 * (conditional - free))
     assert method.facts()["passes"]["teacher_forward"] == 4
 
 

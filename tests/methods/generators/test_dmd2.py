@@ -400,16 +400,18 @@ def test_real_inputs_are_noised_data_with_their_labels() -> None:
 
 def test_regression_is_added_on_pairs_that_the_teacher_makes_once(monkeypatch) -> None:
     method = bound(gan=NO_GAN, regression={"weight": 0.25, "pairs": 40, "steps": 4})
-    method.enter(next(iter(method.phases())), Clock(seed=3), None)
-    pairs = method.pairs
-    method.enter(next(iter(method.phases())), Clock(seed=3), None)
-    assert method.pairs is pairs
     update = of(method, "generator", empty())
+    pairs = method.pairs
+    assert len(pairs.noise) == 40
+    of(method, "generator", empty())
+    assert method.pairs is pairs  # made once
     z, y, _ = pairs.draw(8, Clock(steps=100).generator("pairs"))
     torch.testing.assert_close(update.metrics["regression"], (method.generator(z) - y).square().mean())
     torch.testing.assert_close(update.loss, update.metrics["matching"] + 0.25 * update.metrics["regression"])
-    again = bound(gan=NO_GAN, regression={"weight": 0.25})
+    again = bound(gan=NO_GAN, regression={"weight": 0.25, "pairs": 40, "steps": 4})
     again.load_state_dict(method.state_dict())
+    assert "pairs" not in method.state_dict()  # a restart makes the same ones anew
+    of(again, "generator", empty())
     assert torch.equal(again.pairs.samples, pairs.samples)
 
 
@@ -417,7 +419,6 @@ def test_a_warm_up_is_regression_alone() -> None:
     method = bound(points(), regression={"warm_up": 5, "pairs": 8, "steps": 2})
     warm_up, main = method.phases()
     assert (warm_up.steps, tuple(warm_up.trains), warm_up.data_free, main.data_free) == (5, ("generator",), True, False)
-    method.enter(warm_up, Clock(), None)
     (update,) = method.updates(empty(), Clock(phase="warm_up"))
     assert update.player == "generator"
     assert [u.player for u in method.updates(batch_of(points()), Clock())] == ["generator", "critic"]
@@ -545,7 +546,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(trunk, tmp_path) -> None
             else:
                 with pytest.raises(Stop):
                     trainer.fit()
-        found.append({f"{who}.{k}": v for who, p in method.players().items() for k, v in p.module.state_dict().items()} | method.pairs.state_dict())
+        found.append({f"{who}.{k}": v for who, p in method.players().items() for k, v in p.module.state_dict().items()} | {"pairs": method.pairs.samples})
     whole, killed = found
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[key], killed[key]) for key in whole)

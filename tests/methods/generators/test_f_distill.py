@@ -181,11 +181,8 @@ def test_one_broken_answer_of_the_teacher_spoils_nothing(bad) -> None:
         assert any(g.any() for g in found)  # the other samples' gradient arrives
 
 
-def test_weights_of_several_processes_refuse_batches_in_parts(monkeypatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: sums)
-    second = Clock(micro=1)
+def test_weights_of_several_processes_refuse_batches_in_parts() -> None:
+    second = Clock(micro=1, world=2)
     with pytest.raises(InputError, match="cut into parts"):
         list(bound().updates(batch(), second))
     for knobs in ({"normalise": "none"}, {"divergence": "reverse_kl"}):  # nothing is summed
@@ -202,7 +199,7 @@ def test_samples_that_are_no_numbers_are_not_hidden() -> None:
 
 
 def test_who_is_trained_when() -> None:
-    method = bound(generator_every=3)
+    method = bound(ratio=3)
     found = [[u.player for u in step(method, i)[0]] for i in range(7)]
     others = ["critic", "discriminator"]
     assert found == [["generator"], others, others, ["generator"], others, others, ["generator"]]
@@ -280,7 +277,7 @@ def test_several_calls_are_trained_one_at_a_time_on_simulated_inputs() -> None:
     used, inner = [], method.generator.call
     method.generator.call = lambda x, k, cond=None: used.append((k, float(x.std()))) or inner(x, k, cond)
     for i in range(40):
-        method.samples(B, Clock(seed=1, step=i))
+        method.generated(B, Clock(seed=1, step=i))
     assert {k for k, _ in used} == {0, 1, 2}
     assert all(spread < 30 for k, spread in used if k)  # only the first call is given noise of 80
     (update,), _ = step(method, 0)
@@ -308,7 +305,7 @@ def test_without_a_network_in_the_teacher_critic_and_discriminator_are_asked_for
 def trained(folder, steps: int, **knobs):
     """On one Gaussian, N(0, 0.3²), whose denoiser is exact."""
     splits = gaussian_grid(side=1, std=0.3, count=400, test=100, scale=None)
-    settings = {"start": "fresh", "critic": "student", "discriminator": "own", "divergence": "forward_kl", "bin_decay": 0.5, "generator_every": 3}
+    settings = {"start": "fresh", "critic": "student", "discriminator": "own", "divergence": "forward_kl", "bin_decay": 0.5, "ratio": 3}
     method = FDistill(**settings | knobs)
     method.bind(student=network(1, widths=(24, 24)), teacher=mixture_denoiser([[0.0, 0.0]], 0.3), train=splits.train, seed=0)
     config = TrainConfig(
@@ -402,7 +399,7 @@ def test_wrong_input_is_named() -> None:
             FDistill(start="fresh").bind(student=network(1, 3), teacher=network(0, 3), train=data)
     with pytest.raises(InputError, match="hidden7"):
         bound(taps=("hidden7",))
-    for knobs in ({"divergence": "total_variation"}, {"generator_every": 1}, {"bin_decay": 1.0}, {"ratio_low": 2.0}, {"bin_axis": "sigma"}):
+    for knobs in ({"divergence": "total_variation"}, {"ratio": 1}, {"bin_decay": 1.0}, {"ratio_low": 2.0}, {"bin_axis": "sigma"}):
         with pytest.raises(InputError, match=next(iter(knobs))):
             FDistill(**knobs)
 

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from limbeck import seeds
 from limbeck.contract import Artefact, Batch, Clock, Frozen, Phase, Player, Update
-from limbeck.diffusion import samplers
-from limbeck.diffusion.denoisers import Denoiser
-from limbeck.diffusion.distribution import normal, random_labels
 from limbeck.diffusion.generator import Sampling, TeacherSampler, data_scale
+from limbeck.diffusion.pairs import Pairs, make_pairs
 from limbeck.methods.generators._base import GeneratorMethod
 from limbeck.methods.generators.boot import Boot, BootConfig
-
-BATCH = 512
-"""Noises that a sampler is run on at once."""
-
-
-def ddim_samples(teacher: Denoiser, noise: Tensor, cond: Tensor | None, steps: int) -> Tensor:
-    """[N, *shape]: where `steps` DDIM steps of the teacher take the noise [N, *shape]."""
-    schedule, found = teacher.schedule, []
-    with torch.no_grad():
-        for first in range(0, len(noise), BATCH):
-            some = noise[first : first + BATCH]
-            start = schedule.start(some, samplers.at(schedule.t_max, some))
-            found.append(samplers.ddim(teacher, start, schedule.steps(steps), None if cond is None else cond[first : first + BATCH]))
-    return torch.cat(found)
 
 
 class PairConfig(BootConfig):
@@ -47,23 +28,17 @@ class PairRegression(Boot):
     def setup(self) -> None:
         """As BOOT; the pairs come with the first step."""
         super().setup()
-        self.pairs: tuple[Tensor, Tensor | None, Tensor] | None = None
-
-    def made_pairs(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Noise, classes and samples [N, ...]; a function of the run's seed alone, so that a restart makes the same."""
-        if self.pairs is None:
-            count, random = self.config.teacher_budget // self.config.pair_steps, seeds.generator(self.seed, "pairs", device=device)
-            noise, cond = normal(count, self.g.shape, random), random_labels(count, self.g.num_classes, random)
-            self.pairs = noise, cond, ddim_samples(self.guided, noise, cond, self.config.pair_steps)
-            self.teacher_calls = count * self.config.pair_steps
-        return self.pairs
+        self.pairs: Pairs | None = None
 
     def updates(self, batch: Batch, clock: Clock) -> Iterator[Update]:
         """One update of the generator, on pairs drawn with replacement."""
-        noise, cond, samples = self.made_pairs(clock.device)
-        chosen = torch.randint(len(noise), (len(batch),), generator=clock.generator("pairs"), device=noise.device)
-        g = self.g(noise[chosen], None if cond is None else cond[chosen])
-        yield Update("generator", (g - samples[chosen]).square().mean(), self.watched(g))
+        steps = self.config.pair_steps
+        if self.pairs is None:
+            self.pairs = make_pairs(self.guided, self.config.teacher_budget // steps, steps, self.seed, clock.device, sampler="ddim")
+            self.teacher_calls = len(self.pairs.noise) * steps
+        noise, samples, cond = self.pairs.draw(len(batch), clock.generator("pairs"))
+        g = self.g(noise, cond)
+        yield Update("generator", (g - samples).square().mean(), self.watched(g))
 
 
 class FewStepsConfig(Frozen):

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from limbeck import seeds
 from limbeck.components import Component
 from limbeck.contract import IGNORE, Artefact, Clock, Frozen, Method
 from limbeck.diffusion.denoisers import Denoiser, Guided, NetworkDenoiser
@@ -121,6 +122,18 @@ class GeneratorMethod(Method):
         """Standard normal noise [B, *shape] and uniform labels [B] (None without classes) of this step."""
         generator = clock.generator(name)
         return normal(count, self.generator.shape, generator), random_labels(count, self.generator.num_classes, generator)
+
+    def drawn_call(self, clock: Clock) -> int:
+        """k, which of the generator's calls this step trains: one for all samples, micro-batches and processes (DMD2, arXiv 2405.14867, §4.5)."""
+        return seeds.derive(clock.seed, clock.phase_index, clock.step, "k") % self.generator.calls
+
+    def generated(self, count: int, clock: Clock) -> tuple[Tensor, Tensor | None]:
+        """Samples [B, *shape] of one call, with gradient, and their labels [B]; the input of a call after the first is simulated, without gradient."""
+        generator, (noise, cond) = self.generator, self.draw(count, clock)
+        if not isinstance(generator, Generator):
+            return generator(noise, cond), cond
+        k = self.drawn_call(clock)
+        return generator.call(generator.simulate(k, noise, cond, generator=clock.generator("renoise")), k, cond), cond
 
     # ---- a watch over what goes wrong -----------------------------------------------------------------------------
 

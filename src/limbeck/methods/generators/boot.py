@@ -78,12 +78,11 @@ class Boot(GeneratorMethod):
         if not isinstance(student, NetworkDenoiser):
             what = f"'boot' trains a denoiser's network, the student is {type(student).__name__}."
             raise InputError(what, where="student.model", fix="Use mlp_denoiser, say.")
-        mine, its = ((d.schedule.name, d.schedule.t_min, d.schedule.t_max, d.shape, d.num_classes) for d in (student, teacher))
-        if mine != its:
-            what = f"schedule, times, shape and classes of the student {mine} are not the teacher's {its}."
+        if (student.schedule, student.shape, student.num_classes) != (teacher.schedule, teacher.shape, teacher.num_classes):
+            what = f"the student's {student.schedule}, shape and classes are not the teacher's {teacher.schedule}, shape and classes."
             raise InputError(what, where="student.model", fix="Leave the student out of the recipe, or build it alike.")
-        if not teacher.num_classes and (config.guidance_range is not None or config.guidance_scale != 1):
-            raise InputError("guidance needs a teacher with classes.", where="method.guidance_scale", fix="Set it to 1, without guidance_range.")
+        if not teacher.num_classes and config.guidance_range is not None:
+            raise InputError("guidance needs a teacher with classes.", where="method.guidance_range", fix="Leave it out.")
         if config.start == "teacher":
             same_weights(student, teacher)
         scale = data_scale(self.train_data, teacher.shape)

@@ -125,24 +125,27 @@ class DisBack(GeneratorMethod):
             yield self.critic_update(len(batch), clock, 0)
             return
         iteration = clock.step
-        target, switched = self.target_at(iteration, clock.steps), self.schedule.switched(iteration)
+        target, switched = self.target_at(iteration), self.schedule.switched(iteration)
         if self.scheduled is not None and (iteration == 0 or switched):
             self.measure_mismatch(len(batch), clock)
         for k in range(self.config.ratio + self.config.settle_steps * switched):
             yield self.critic_update(len(batch), clock, k)
         yield self.generator_update(target, len(batch), clock)
 
-    def target_at(self, iteration: int, steps: int) -> Denoiser:
-        """The guided target of this iteration of `steps`. Raises InputError: the path is too long for the teacher's turn to come."""
-        if self.scheduled is None:
-            return self.guided
-        needed = self.schedule.switches[-1]
+    def check_length(self, steps: int) -> None:
+        """The teacher's turn as the target must come. Raises InputError: the path is too long."""
+        needed = self.schedule.switches[-1] if self.scheduled is not None else -1
         if steps <= needed:
             raise InputError(
                 f"stage 2 ends after {steps} iterations, and the teacher's turn as the target comes after {needed}.",
                 where="train.steps",
                 fix="Train longer, or lower iterations_per_node or the number of nodes.",
             )
+
+    def target_at(self, iteration: int) -> Denoiser:
+        """The guided target of this iteration."""
+        if self.scheduled is None:
+            return self.guided
         self.scheduled.at(iteration)
         return self.guided_target
 

@@ -22,8 +22,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from limbeck import seeds
-from limbeck.contract import Batch, Clock, OptimiserSpec, Paper, Phase, Player, Update, Workbench
+from limbeck.contract import Batch, Clock, OptimiserSpec, Paper, Phase, Player, Update
 from limbeck.diffusion.denoisers import denoising_loss
 from limbeck.diffusion.discriminator import discriminator_loss, generator_loss
 from limbeck.diffusion.distribution import inject, normal, score_direction
@@ -114,11 +113,6 @@ class DMD2(GeneratorMethod):
         warm_up = [Phase("warm_up", steps=self.config.regression.warm_up, trains=("generator",), data_free=True)] if self.config.regression.warm_up else []
         return [*warm_up, Phase(data_free=not self.uses_data)]
 
-    def enter(self, phase: Phase, clock: Clock, bench: Workbench) -> None:
-        """Have the teacher make its pairs, once."""
-        if self.config.regression.used and self.pairs is None:
-            self.pairs = make_pairs(self.guided.to(clock.device), self.config.regression, clock.seed, clock.device)
-
     # ---- one batch ------------------------------------------------------------------------------------------------
 
     def updates(self, batch: Batch, clock: Clock) -> Iterator[Update]:
@@ -135,15 +129,12 @@ class DMD2(GeneratorMethod):
             yield from self.critic_updates(x.detach(), cond, batch, clock)
 
     def generate(self, batch: Batch, clock: Clock) -> tuple[Tensor, Tensor | None]:
-        """x and its condition, by one call of the generator. For few steps one k is drawn for all samples, micro-batches and processes (10)."""
-        generator, (noise, cond) = self.generator, self.draw(len(batch), clock)
-        if not isinstance(generator, Generator):
-            return generator(noise, cond), cond
-        k = seeds.derive(clock.seed, clock.phase_index, clock.step, "k") % generator.calls
-        if self.config.inputs == "simulated" or generator.calls == 1:
-            return generator.call(generator.simulate(k, noise, cond, generator=clock.generator("renoise")), k, cond), cond
-        cond, schedule = self.labels(batch), generator.denoiser.schedule
-        x_t = generator.start(noise) if k == 0 else schedule.add_noise(batch.inputs, noise, at(generator.times[k], noise))
+        """x and its condition, by one call of the generator (10)."""
+        generator = self.generator
+        if self.config.inputs == "simulated" or not isinstance(generator, Generator) or generator.calls == 1:
+            return self.generated(len(batch), clock)
+        k, noise, cond = self.drawn_call(clock), self.draw(len(batch), clock)[0], self.labels(batch)
+        x_t = generator.start(noise) if k == 0 else generator.denoiser.schedule.add_noise(batch.inputs, noise, at(generator.times[k], noise))
         return generator.call(x_t, k, cond), cond
 
     def labels(self, batch: Batch) -> Tensor | None:
@@ -187,11 +178,12 @@ class DMD2(GeneratorMethod):
             yield Update("discriminator", judged, metrics)
 
     def regress(self, count: int, clock: Clock) -> Tensor:
-        """ℓ(G(z_i), y_i) on stored pairs (9)."""
-        assert self.pairs is not None
-        self.pairs = self.pairs.to(clock.device)
+        """ℓ(G(z_i), y_i) on pairs (9), which the teacher makes when they are first asked for (anew after a restart: the same)."""
+        spec = self.config.regression
+        if self.pairs is None:
+            self.pairs = make_pairs(self.guided, spec.pairs, spec.steps, self.seed, clock.device)
         noise, y, cond = self.pairs.draw(count, clock.generator("pairs"))
-        return pair_distance(self.generator(noise, cond), y, self.config.regression.distance)
+        return pair_distance(self.generator(noise, cond), y, spec.distance)
 
     # ---- what is told and kept ------------------------------------------------------------------------------------
 
@@ -205,12 +197,3 @@ class DMD2(GeneratorMethod):
         """The times, the time scales and where real data come in."""
         times = list(self.generator.times) if isinstance(self.generator, Generator) else []
         return {"times": times, "ratio": self.config.ratio, "trunk": self.config.gan.trunk if self.adversarial else None, "real_data": self.uses_data}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the watch remembers, and the pairs."""
-        return super().state_dict() | {"pairs": None if self.pairs is None else self.pairs.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back."""
-        super().load_state_dict(state)
-        self.pairs = None if state["pairs"] is None else Pairs.of(state["pairs"])

@@ -20,14 +20,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from limbeck import seeds
 from limbeck.components import Component
 from limbeck.contract import Batch, Clock, OptimiserSpec, Paper, Phase, Player, Update
 from limbeck.diffusion.denoisers import NetworkDenoiser, denoising_loss
 from limbeck.diffusion.discriminator import generator_loss
 from limbeck.diffusion.distribution import at_least_float32, direction_weight, inject, normal, untrained, without_broken
 from limbeck.diffusion.f_divergences import DIVERGENCES, Name
-from limbeck.diffusion.generator import Generator
 from limbeck.diffusion.levels import LevelSpec
 from limbeck.diffusion.noised_discriminator import NoisedDiscriminator, look, noised_pair, own_trunk, pair_loss
 from limbeck.diffusion.ratio import BinAxis, BinnedMean, RatioWeights, Stages, Weights, WeightStatistics, not_in_parts
@@ -43,7 +41,7 @@ class FDistillConfig(GeneratorConfig):
     """Knobs of `FDistill`."""
 
     divergence: Name = Field("jensen_shannon", description="f; paper: forward_kl for CIFAR-10, jensen_shannon for ImageNet-64 and SD1.5; reverse_kl is DMD2")
-    generator_every: int = Field(5, ge=2, le=10_000, description="R: one step in R is the generator's, the others critic's and discriminator's (5; SD1.5: 10)")
+    ratio: int = Field(5, ge=2, le=10_000, description="R: one step in R is the generator's, the others critic's and discriminator's (5; SD1.5: 10)")
     matching_weight: float = Field(1.0, ge=0, le=1e4, description="weight of the score term; 0: adversarial alone (ours, for comparison)")
     adversarial_weight: float = Field(1e-3, ge=0, le=1e4, description="w_g (paper: 1e-3, ImageNet-64 3e-3)")
     normalise: Stages = Field("both", description="stage 1 (ratio per noise bin), stage 2 (weights), both, or neither")
@@ -127,11 +125,11 @@ class FDistill(GeneratorMethod):
 
     def updates(self, batch: Batch, clock: Clock) -> Iterator[Update]:
         """The generator's update at every R-th step, else the critic's and the discriminator's."""
-        if clock.step % self.config.generator_every == 0:
+        if clock.step % self.config.ratio == 0:
             yield self.generator_update(len(batch), clock)
             return
         with torch.no_grad():
-            x, cond = self.samples(len(batch), clock)
+            x, cond = self.generated(len(batch), clock)
         judge, gamma = self.discriminator, self.config.r1_weight
         features = {} if judge is None else self.judged(judge, x, cond, batch, clock)
         if self.critic is not None:
@@ -145,14 +143,6 @@ class FDistill(GeneratorMethod):
             alone = {tap: f.detach() for tap, f in features.items()} if self.trunk_learns else features
             yield Update("discriminator", pair_loss(judge.judge(alone), gamma))
 
-    def samples(self, count: int, clock: Clock) -> tuple[Tensor, Tensor | None]:
-        """Samples [B, ...] of the generator and their labels; of several calls one is drawn, its input simulated without gradient (DMD2)."""
-        (noise, cond), generator = self.draw(count, clock), self.generator
-        if isinstance(generator, Generator) and generator.calls > 1:
-            k = seeds.derive(clock.seed, "call", clock.phase_index, clock.step) % generator.calls
-            return generator.call(generator.simulate(k, noise, cond, generator=clock.generator("between")), k, cond), cond
-        return generator(noise, cond), cond
-
     def noised(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Times [B] and noise [B, ...]."""
         return self.config.levels.sample(self.schedule, count, generator), normal(count, self.generator.shape, generator)
@@ -160,7 +150,7 @@ class FDistill(GeneratorMethod):
     def generator_update(self, count: int, clock: Clock) -> Update:
         """Eq. 7."""
         config = self.config
-        x, cond = self.samples(count, clock)
+        x, cond = self.generated(count, clock)
         t, noise = self.noised(count, clock.generator("generator"))
         x_t = self.schedule.add_noise(at_least_float32(x if config.adversarial_weight else x.detach()), noise, t)  # ratios alone need no graph
         real, fake, logits_BH = look(x_t, t, cond, self.guided, self.critic, self.discriminator)
@@ -171,8 +161,8 @@ class FDistill(GeneratorMethod):
         if real is not None and fake is not None:
             scale_B, weights = direction_weight(x.detach(), real, t, self.schedule, "normalised"), None
             if self.weighted and logits_BH is not None:
-                not_in_parts(clock.micro if config.normalise != "none" else 0)
-                weights = self.ratio_weights(logits_BH, self.schedule, t)
+                not_in_parts(clock.micro if config.normalise != "none" else 0, clock.world)
+                weights = self.ratio_weights(logits_BH, self.schedule, t, clock.total)
                 if clock.progress < config.warmup:
                     weights = Weights(torch.ones_like(weights.value), weights.clipped)
                 scale_B = scale_B * weights.value.to(scale_B.dtype)
