@@ -1,4 +1,4 @@
-"""What importing costs is decided by what is imported: these tests look at sys.modules, not at a clock (DESIGN §9)."""
+"""What importing costs is decided by what is imported: these tests look at sys.modules, not at a clock (DESIGN §10)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Components by name: a short name, or an import path `package.module:function` (DESIGN §6).
+"""Components by name: a short name, or an import path `package.module:function` (DESIGN §7).
 
 A catalogue maps short names to import paths as text, so that it can be listed without importing anything.
 """

@@ -166,12 +166,14 @@ class Player:
 class Update:
     """One optimiser step that a method asks for: `loss` is a scalar with a graph to the player's parameters.
 
-    metrics: scalar tensors to log; they are detached and never read on the host before a logging step.
+    metrics: scalar tensors to log; they are detached and never read on the host before a logging step. fresh: the player's optimiser forgets what it has
+    gathered (momentum) before this step, its weights having been made anew.
     """
 
     player: str
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,10 @@ class Method(ABC):
     """Whether the method expects a student that was trained before."""
     needs_record: ClassVar[bool] = False
     """Whether the method learns from a recorded teacher alone, over views of kind "boxes"."""
+    takes_augmented: ClassVar[bool] = True
+    """Methods that make data sets: whether batches of real images may be augmented."""
+    needs_experts: ClassVar[bool] = False
+    """Whether the teacher is the recorded weights of networks in training (a teacher's section `experts`)."""
     example_model: ClassVar[str] = "{name: mlp_denoiser, widths: [64, 64]}"
     """Methods that make generators: the denoiser (in YAML) that `limbeck new` writes into a recipe."""
     needs_unlabelled: ClassVar[bool] = False

@@ -70,6 +70,8 @@ class Ingredients:
     views: ViewSpec | None = None
     record: Callable[[Prepared], RecordTeacher] | None = None
     """Opens the recorded teacher, where the recipe has one."""
+    experts: TeacherSpec | None = None
+    """The teacher whose weights in training are kept, where the recipe has one."""
 
 
 @lru_cache(maxsize=8)
@@ -106,6 +108,9 @@ def prepare(spec: DataSpec, seed: int) -> Prepared:
     if spec.labelled is not None:
         with _field("data.labelled"):
             train = datasets.hide_labels(train, spec.labelled, seed=seed)
+    if spec.whiten:
+        with _field("data.whiten"):
+            train, test, validation = _whitened(train, test, validation)
     pool = None
     if spec.pool:
         own, extra = len(train), [_source(component, f"data.pool.{number}").train for number, component in enumerate(spec.pool)]
@@ -116,6 +121,12 @@ def prepare(spec: DataSpec, seed: int) -> Prepared:
         pool = torch.arange(own, len(train))
     unlabelled = not splits.train.classes and splits.train.targets is None
     return Prepared(train, test, validation, 0 if unlabelled else splits.num_classes, tuple(splits.input_shape), pool)
+
+
+def _whitened(train: Data, test: Data, validation: Data | None) -> tuple[Data, Data, Data | None]:
+    """The three through ZCA that is fitted on the first."""
+    found = datasets.whiten(train, test, *(() if validation is None else (validation,)))
+    return found[0], found[1], found[2] if validation is not None else None
 
 
 @contextmanager
@@ -185,7 +196,7 @@ def from_recipe(recipe: Recipe) -> Ingredients:
         data=lambda seed: prepare(recipe.data, seed),
         student=lambda prepared, seed: network(recipe.student, prepared, seed, "student"),
         fresh=lambda prepared, seed: network(recipe.student, prepared, seed, "student"),
-        teachers=() if recorded is not None else recipe.teacher,
+        teachers=tuple(spec for spec in recipe.teacher if spec.model is not None),
         given_teacher=None,
         train=recipe.train,
         augment=recipe.data.augment,
@@ -197,7 +208,27 @@ def from_recipe(recipe: Recipe) -> Ingredients:
         cpu=recipe.device == "cpu",
         views=views,
         record=None if recorded is None else lambda prepared: open_teacher(recorded, recipe.data, prepared),
+        experts=recipe.experts,
     )
+
+
+@dataclass(frozen=True)
+class PlannedExperts:
+    """What will be known of experts before they are trained: how many, for how many epochs, with how many weights."""
+
+    count: int
+    epochs: int
+    size: int
+
+    def weights(self, expert: int, epoch: int) -> Tensor:
+        """There are none yet."""
+        raise RuntimeError(f"expert {expert} is not trained yet, so it has no weights after epoch {epoch}")
+
+
+def all_inputs(data: Data, chunk: int = 4096) -> Tensor:
+    """[N, ...] all inputs of a data set as networks take them."""
+    ids = torch.arange(len(data))
+    return torch.cat([data.prepare(data.fetch(part)[0]) for part in ids.split(chunk)])
 
 
 def data_identity(prepared: Prepared, *, test: bool) -> dict[str, Any]:

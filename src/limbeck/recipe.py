@@ -1,4 +1,4 @@
-"""The typed recipe: everything that decides a run's result, from YAML or Python (DESIGN §6)."""
+"""The typed recipe: everything that decides a run's result, from YAML or Python (DESIGN §7)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from limbeck.data.augment import AugmentSpec
 from limbeck.data.views import ViewSpec
 from limbeck.errors import InputError
 from limbeck.evaluate.features import FeatureSpec
+from limbeck.evaluate.synthetic_sets import SetTraining
+from limbeck.evaluate.transfer import TransferSpec
 from limbeck.models import CATALOGUE
+from limbeck.synthetic.experts import ExpertSpec
 from limbeck.train.config import TrainConfig
 
 _MAX_BYTES = 4 * 2**20  # of a recipe
@@ -35,6 +38,7 @@ class DataSpec(Frozen):
     label_noise: float = Field(0.0, ge=0, le=1, description="fraction of training labels replaced by a wrong one (drawn anew for every seed)")
     augment: AugmentSpec = AugmentSpec()
     views: ViewSpec | None = Field(None, description="a fixed set of looks at every sample, which a record can answer for; null: a new look every epoch")
+    whiten: bool = Field(False, description="ZCA, fitted on the training data, in place of the source's normalisation (images)")
     pool: tuple[Component, ...] = Field((), description="sources whose training inputs come behind the data, unlabelled")
 
     @model_validator(mode="after")
@@ -67,16 +71,24 @@ class ModelSpec(Frozen):
 
 
 class TeacherSpec(ModelSpec):
-    """A teacher: a network, by default one for all seeds, or a record of one."""
+    """A teacher: a network, by default one for all seeds, a record of one, or the recorded weights of networks in training."""
 
     model: Component | None = None  # type: ignore[assignment]
     seed: Annotated[int, Field(ge=0, lt=2**62)] | None = 0
     record: str | None = Field(None, description="instead of a model: the folder (or URL) of a record that `limbeck record` made")
     make: str | None = Field(None, description="the record recipe that is run first where there is no finished record yet")
     fingerprint: str | None = Field(None, description="of the teacher that the record must be of (or its beginning); null: any")
+    experts: ExpertSpec | None = Field(None, description="instead of a model: students that are trained on the real data, their weights kept after every epoch")
+    folder: str | None = Field(None, description="'experts': where they lie, to be shared by runs; null: in the run's folder")
 
     @model_validator(mode="after")
     def _network_or_record(self) -> Self:
+        if self.experts is not None:
+            if self.model is not None or self.record is not None or self.weights is not None or self.train is not None or self.make is not None:
+                raise ValueError("'experts' are networks as the student is: they stand without 'model', 'record', 'weights', 'train' and 'make'.")
+            return self
+        if self.folder is not None:
+            raise ValueError("'folder' belongs to 'experts'.")
         if (self.model is None) == (self.record is None):
             raise ValueError("a teacher is a network or a record: give 'model' or 'record', one of them.")
         if self.record is not None and (self.weights is not None or self.train is not None):
@@ -98,6 +110,16 @@ class EvaluateSpec(Frozen):
         (2, 4, 18), min_length=1, description="generators: steps of the teacher that are shown; the most, with `teacher_sampler`, is its best, fewer are DDIM's"
     )
     teacher_sampler: Literal["heun", "ddim", "euler"] = Field("heun", description="generators: how the teacher samples (heun: 2 · steps − 1 calls)")
+    networks: int = Field(5, ge=1, le=1000, description="data sets: fresh networks that are trained on a set")
+    training: SetTraining | None = Field(None, description="data sets: how a fresh network is trained on a set; null: as the method says")
+    full_training: SetTraining | None = Field(None, description="data sets: how it is trained on all real data; null: as `training` says")
+    baselines: tuple[Literal["random", "kmeans", "full"], ...] = Field(
+        ("random", "kmeans", "full"), description="data sets: what stands beside: real images of as many a class, drawn or nearest to centres; all real data"
+    )
+    architectures: tuple[Component, ...] = Field((), description="data sets: other networks that are trained on the set, which it was not made with")
+    transfer: TransferSpec | None = Field(None, description="sets of pairs: how a network pre-trained on one goes on to a task; null: the defaults")
+    tasks: dict[str, DataSpec] = Field(default_factory=dict, description="sets of pairs: labelled data that it goes on to, by name; none: the run's own")
+    search_rate: bool = Field(False, description="data sets: let the real images choose their learning rate on data.validation, where the step size is learned")
 
 
 class CompareSpec(Frozen):
@@ -185,12 +207,19 @@ class Recipe(Written):
             raise ValueError("'seeds' holds a seed twice.")
         if any(teacher.record is not None for teacher in self.teacher) and len(self.teacher) > 1:
             raise ValueError("a recorded teacher stands alone: record an ensemble as one.")
+        if any(teacher.experts is not None for teacher in self.teacher) and len(self.teacher) > 1:
+            raise ValueError("experts stand alone: their number is 'experts.count'.")
         return self
 
     @property
     def recorded(self) -> TeacherSpec | None:
         """The recorded teacher, where there is one."""
         return next((teacher for teacher in self.teacher if teacher.record is not None), None)
+
+    @property
+    def experts(self) -> TeacherSpec | None:
+        """The teacher that is experts, where there is one."""
+        return next((teacher for teacher in self.teacher if teacher.experts is not None), None)
 
 
 class RecordSpec(Frozen):
@@ -215,7 +244,7 @@ class RecordRecipe(Written):
 
     @model_validator(mode="after")
     def _a_network(self) -> Self:
-        if not self.teacher or any(teacher.record is not None for teacher in self.teacher):
+        if not self.teacher or any(teacher.model is None for teacher in self.teacher):
             raise ValueError("a record is made of a network's answers: give 'teacher' a 'model'.")
         return self
 

@@ -1,4 +1,4 @@
-"""Runs: a recipe, or objects, distilled in a folder that holds everything about it (DESIGN §6, §7).
+"""Runs: a recipe, or objects, distilled in a folder that holds everything about it (DESIGN §7, §8).
 
 runs/NAME/            recipe.yaml, environment.json, metrics.jsonl, checkpoints/, artefact/ (of the first seed), report.html, result.json
 runs/NAME/teacher/    the teacher, where it was trained here; student/: a student trained beforehand; alone/: the student without a teacher
@@ -414,5 +414,7 @@ def evaluate_run(folder: str | Path, settings: Sequence[str] = ()) -> dict[str, 
 
     recipe = Recipe.read(Path(folder) / "recipe.yaml", settings)
     module = load(folder, trust_imports=any(part.target is not None for part in rebuild.within(recipe.student.model)))
-    prepared = prepare(recipe.data, recipe.seeds[0])
-    return kind_of(make_method(recipe.method), recipe.evaluate).evaluated(module, prepared)
+    parts = from_recipe(recipe)
+    kind = kind_of(parts.method(), recipe.evaluate)
+    kind.fresh, kind.seed = parts.fresh, recipe.seeds[0]
+    return kind.evaluated(module, parts.data(recipe.seeds[0]))

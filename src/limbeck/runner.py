@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,20 +15,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck import data as datasets
 from limbeck import seeds
-from limbeck.contract import Artefact, Method, Teacher
+from limbeck.contract import IGNORE, Artefact, Method, Teacher
 from limbeck.data import AugmentSpec, BatchPlan, Views
 from limbeck.errors import InputError
 from limbeck.evaluate import cost
 from limbeck.export import folder as artefacts
-from limbeck.ingredients import Ingredients, Prepared, make_method, network, prepare
+from limbeck.ingredients import Ingredients, PlannedExperts, Prepared, all_inputs, make_method, network, prepare
 from limbeck.kinds import Kind, Measured, kind_of
 from limbeck.methods.classifiers.supervised import Supervised
-from limbeck.recipe import ModelSpec
+from limbeck.recipe import ModelSpec, TeacherSpec
 from limbeck.report.summary import Curve, Outcome, Picture
+from limbeck.synthetic.experts import train_experts
+from limbeck.synthetic.trajectories import Trajectories
 from limbeck.teachers.recorded import RecordTeacher
 from limbeck.train import TrainConfig, Trained, Trainer, parallel
 from limbeck.train.progress import choose
@@ -66,11 +69,14 @@ class Runner:
     style: Style = "quiet"
     resume_from: str | None = None
     _teachers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    _scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @cached_property
     def kind(self) -> Kind:
         """How what this run makes is checked and measured."""
-        return kind_of(self.parts.method(), self.parts.evaluate)
+        found = kind_of(self.parts.method(), self.parts.evaluate)
+        found.fresh, found.seed = self.parts.fresh, self.parts.seeds[0]
+        return found
 
     def check(self) -> None:
         """Build everything once and pass two samples through it, so that a wrong recipe fails before anything is written."""
@@ -81,8 +87,11 @@ class Runner:
     def _check(self) -> None:
         parts, seed = self.parts, self.parts.seeds[0]
         method = parts.method()
-        if method.needs_teacher and not parts.teachers and parts.given_teacher is None and parts.record is None:
+        if method.needs_teacher and not parts.teachers and parts.given_teacher is None and parts.record is None and parts.experts is None:
             raise InputError(f"the method '{type(method).__name__}' needs a teacher.", where="teacher", fix="Add a 'teacher:' section.")
+        if method.needs_experts != (parts.experts is not None) and parts.given_teacher is None:
+            what = f"the method '{type(method).__name__}' {'needs' if method.needs_experts else 'does not take'} experts as its teacher."
+            raise InputError(what, where="teacher", fix="Give 'teacher' a section 'experts'." if method.needs_experts else "Give 'teacher' a 'model'.")
         prepared, kind = parts.data(seed), self.kind
         kind.check(prepared, parts.train, parts.augment)
         if method.needs_labels and prepared.train.targets is None:
@@ -117,6 +126,8 @@ class Runner:
         teacher = parts.given_teacher if parts.given_teacher is not None else kind.teacher(members) if members else None
         if parts.record is not None:
             teacher = parts.record(prepared)
+        if parts.experts is not None and (planned := parts.experts.experts) is not None:
+            teacher = PlannedExperts(planned.count, planned.epochs, sum(p.numel() for p in student.parameters()))
         if parts.student_spec is not None and parts.student_spec.train is not None:
             self._rehearse(make_method(parts.student_spec.method), copy.deepcopy(student), prepared, seed, parts.student_spec.train, teacher, "student")
         self._rehearse(method, copy.deepcopy(student), prepared, seed, parts.train, teacher, "")
@@ -185,6 +196,12 @@ class Runner:
         if parts.record is not None:
             recorded = parts.record(prepared)
             return recorded, self.reference(recorded, prepared)
+        if parts.experts is not None:
+            of = seed if parts.experts.seed is None else parts.experts.seed
+            if (key := f"experts {of}") not in self._teachers:
+                experts = self._experts(parts.experts, prepared if parts.experts.seed is None else parts.data(of), of)
+                self._teachers = {key: (experts, self.reference(None, prepared))}
+            return self._teachers[key]
         if parts.given_teacher is None and not parts.teachers:
             if "none" not in self._teachers:
                 self._teachers["none"] = (None, self.reference(None, prepared))
@@ -213,6 +230,39 @@ class Runner:
                 teacher.to(parallel.accelerator("no", cpu=False).device)  # where its student will be trained and compared with it
             self._teachers = {key: (teacher, self.reference(teacher, prepared))}
         return self._teachers[key]
+
+    def _experts(self, spec: TeacherSpec, prepared: Prepared, seed: int) -> Trajectories:
+        """Students trained on the real data, their weights after every epoch; where they lie already they are opened, those that are missing trained."""
+        parts = self.parts
+        assert spec.experts is not None
+        student = "" if parts.student_spec is None else parts.student_spec.model.model_dump_json()
+        identity = {
+            "experts": spec.experts.model_dump(mode="json", exclude={"count", "together"}),
+            "network": student,
+            "data": datasets.inputs_fingerprint(prepared.train),
+            "labels": hashlib.sha256(_labels(prepared).numpy().tobytes()).hexdigest(),
+            "seed": seed,
+        }
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+        place = Path(spec.folder) if spec.folder is not None else self.cache / f"experts-{key}" if self.cache is not None else None
+        if place is None and self.folder is not None:
+            place = (self.folder if spec.seed is not None or seed == parts.seeds[0] else self.folder / f"seed-{seed}") / "experts"
+        if place is None:
+            self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="limbeck-experts-")
+            place = Path(self._scratch.name) / key
+
+        def network_of(expert_seed: int) -> nn.Module:
+            return parts.fresh(prepared, expert_seed)
+
+        if rank() != 0:
+            barrier()
+            return Trajectories.open(place)
+        found = train_experts(
+            spec.experts, network_of, all_inputs(prepared.train), _labels(prepared), prepared.num_classes, place, seed=seed, identity=identity,
+            progress=choose(self.style),
+        )  # fmt: skip
+        barrier()
+        return found
 
     def _other_data(self, spec: ModelSpec, prepared: Prepared, seed: int, where: str) -> Prepared:
         """The data that a network is trained on beforehand, where they are not the run's. Raises InputError where the two do not fit."""
@@ -420,6 +470,14 @@ def _bytes(made: Any, module: nn.Module) -> int:
     if artefact is None or artefact.encoder is None:
         return cost.tensor_bytes(module)
     return sum(t.numel() * t.element_size() for t in artefact.encoder.encode(artefact.module.state_dict()).values())
+
+
+def _labels(prepared: Prepared) -> Tensor:
+    """[N] int64 labels of the training data. Raises InputError: some have none."""
+    targets = prepared.train.targets
+    if targets is None or bool((targets == IGNORE).any()):
+        raise InputError("experts learn from labels, and some samples have none.", where="data", fix="Leave out data.labelled and data.pool.")
+    return targets
 
 
 def rank() -> int:

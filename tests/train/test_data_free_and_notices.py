@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from limbeck.contract import Batch, Clock, Method, OptimiserSpec, Paper, Phase, Player, Update
 from limbeck.errors import Interrupted
+from limbeck.optimise import build_optimiser
 from limbeck.train import TrainConfig, Trainer
-from limbeck.train.optimise import build_optimiser
 
 
 class Untouchable:

@@ -9,9 +9,9 @@ from limbeck import seeds
 from limbeck.contract import Clock, OptimiserSpec, Phase, ScheduleSpec, Update
 from limbeck.data import AugmentSpec, BatchPlan, stream
 from limbeck.errors import InputError, TrainingError
+from limbeck.optimise import build_optimiser, factor
 from limbeck.train import TrainConfig, Trainer
 from limbeck.train import checkpoint as checkpoints
-from limbeck.train.optimise import build_optimiser, factor
 
 
 def fit(folder=None, *, student=None, augment=None, toy=None, seed=3, **config):

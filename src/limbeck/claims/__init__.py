@@ -1,4 +1,4 @@
-"""Papers' claims at a size two CPU cores can check: recipes/claims/NAME.yaml in, a verdict and docs/evidence/NAME.json out (DESIGN §8).
+"""Papers' claims at a size two CPU cores can check: recipes/claims/NAME.yaml in, a verdict and docs/evidence/NAME.json out (DESIGN §9).
 
 for name, file in find(names, folder).items():
     evidence = run_claim(read(file), folder=work, quick=False, on_progress=show)

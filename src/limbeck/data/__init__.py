@@ -21,11 +21,13 @@ from limbeck.data.splits import (
     with_targets,
 )
 from limbeck.data.views import Views, ViewSpec, draw_boxes, resized_crop
+from limbeck.data.whitening import ZCA, Whitened, whiten
 from limbeck.data.wrapped import WrappedData, as_data
 
 CATALOGUE = {
     "cifar10": "limbeck.data.cifar:cifar10",
     "cifar100": "limbeck.data.cifar:cifar100",
+    "digit_pairs": "limbeck.data.composites:digit_pairs",
     "digits": "limbeck.data.sources:digits",
     "fashion_mnist": "limbeck.data.sources:fashion_mnist",
     "huggingface": "limbeck.data.sources:huggingface",
@@ -40,6 +42,7 @@ CATALOGUE = {
 
 __all__ = [
     "CATALOGUE",
+    "ZCA",
     "ArrayData",
     "AugmentSpec",
     "BatchPlan",
@@ -48,6 +51,7 @@ __all__ = [
     "View",
     "ViewSpec",
     "Views",
+    "Whitened",
     "WrappedData",
     "ahead",
     "as_data",
@@ -71,5 +75,6 @@ __all__ = [
     "stratified_subset",
     "stream",
     "subset",
+    "whiten",
     "with_targets",
 ]

@@ -137,12 +137,13 @@ def origins(data: Data) -> Tensor:
     """[N] int64: each sample's place in the whole data set that `data` was cut out of (`root`)."""
     if isinstance(data, View):
         return origins(data.data).index_select(0, data.indices)
-    return data.origins if isinstance(data, ArrayData) else torch.arange(len(data))
+    found = getattr(data, "origins", None)
+    return found if isinstance(found, Tensor) else torch.arange(len(data))
 
 
 def root(data: Data) -> Data:
     """The whole data set that `data` was cut out of, through subsets and replaced targets."""
-    return root(data.data) if isinstance(data, View) else data.root if isinstance(data, ArrayData) else data
+    return root(data.data) if isinstance(data, View) else getattr(data, "root", data)
 
 
 def inputs_fingerprint(data: Data) -> str:
@@ -151,8 +152,9 @@ def inputs_fingerprint(data: Data) -> str:
     Of data in memory, all inputs and the normalisation are read; of anything else, the length and 64 samples spread evenly, prepared.
     """
     whole = root(data)
-    if isinstance(whole, ArrayData):
-        return whole.inputs_fingerprint
+    known = getattr(whole, "inputs_fingerprint", None)
+    if isinstance(known, str):
+        return known
     probe, _ = whole.fetch(torch.linspace(0, len(whole) - 1, min(64, len(whole)), dtype=torch.float64).to(torch.int64))
     digest = hashlib.sha256(repr((len(whole), tuple(probe.shape))).encode())
     digest.update(whole.prepare(probe).contiguous().numpy().data)

@@ -6,10 +6,11 @@ from limbeck.contract import Method
 from limbeck.errors import InputError
 from limbeck.kinds.base import Kind, Measured
 from limbeck.kinds.classifier import ClassifierKind
+from limbeck.kinds.dataset import DatasetKind
 from limbeck.kinds.generator import GeneratorKind
 from limbeck.recipe import EvaluateSpec
 
-KINDS: dict[str, type[Kind]] = {"classifier": ClassifierKind, "generator": GeneratorKind}
+KINDS: dict[str, type[Kind]] = {"classifier": ClassifierKind, "generator": GeneratorKind, "dataset": DatasetKind}
 
 __all__ = ["KINDS", "Kind", "Measured", "kind_of"]
 

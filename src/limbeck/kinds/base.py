@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +36,11 @@ class Kind(ABC):
     """The most timings that are taken of each module; None: as many as the recipe says."""
     trains_alone: ClassVar[bool] = False
     """Whether the student can also be trained without a teacher, for comparison."""
+
+    fresh: Callable[[Prepared, int], nn.Module] | None = None
+    """Builds the recipe's student anew from a seed; set by whoever runs it."""
+    seed: int = 0
+    """The run's first seed; set by whoever runs it."""
 
     def __init__(self, method: Method, evaluate: EvaluateSpec) -> None:
         self.method, self.evaluate = method, evaluate

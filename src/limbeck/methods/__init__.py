@@ -27,6 +27,12 @@ BUILT_IN = {
     "disback": "limbeck.methods.generators.disback:DisBack",
     "ict": "limbeck.methods.generators.ict:ICT",
     "boot": "limbeck.methods.generators.boot:Boot",
+    "real_images": "limbeck.methods.datasets.real_images:RealImages",
+    "ftd": "limbeck.methods.datasets.ftd:FTD",
+    "ast": "limbeck.methods.datasets.ast:AST",
+    "krr_st": "limbeck.methods.datasets.krr_st:KRRST",
+    "barlow_twins": "limbeck.methods.datasets.barlow_twins:BarlowTwins",
+    "infer": "limbeck.methods.datasets.infer:INFER",
 }
 
 

@@ -59,7 +59,7 @@ def render(summaries: Sequence[RunSummary]) -> str:
             "curve_plots": plots.curves(students),
             "latency_plots": present([plots.latency(series, size, f"latency{size}") for size in sizes]),
         }
-        | (_generators(names, summaries, arms) if summaries[0].kind == "generator" else _classifiers(arms, series, students)),
+        | (_classifiers(arms, series, students) if summaries[0].kind == "classifier" else _judged_by_measures(names, summaries, arms)),
     )
 
 
@@ -73,13 +73,14 @@ def _classifiers(arms: Sequence[Arm], series: Sequence[plots.Series], students: 
     }
 
 
-def _generators(names: Sequence[str], summaries: Sequence[RunSummary], arms: Sequence[Arm]) -> dict[str, object]:
+def _judged_by_measures(names: Sequence[str], summaries: Sequence[RunSummary], arms: Sequence[Arm]) -> dict[str, object]:
     first = generator_tables.leading([summary.headline for summary in summaries])
     ladders = []
     for i, (name, summary) in enumerate(zip(names, summaries, strict=True)):  # a run has one colour: its teacher's line, its student's mark
         ladders.append(plots.ladder(f"{name} · teacher", [plots.Series(f"{name} · {arm.label}", i, arm) for arm in _arms(summary)]))
     shared = [key for key in dict.fromkeys(s.judged_by for s in summaries) if all(any(a.mean(key) for a in s.arms) for s in summaries)]
-    found = [plots.quality_by_cost(ladders, measure_of(key), measure_of(cost), f"{key}-{cost}") for key in shared for cost in (CALLS, SECONDS)]
+    costs = (CALLS, SECONDS) if summaries[0].kind == "generator" else ()
+    found = [plots.quality_by_cost(ladders, measure_of(key), measure_of(cost), f"{key}-{cost}") for key in shared for cost in costs]
     return {
         "headline": generator_tables.headline(arms, None, first),
         "quality": generator_tables.further(arms, first),
@@ -90,7 +91,7 @@ def _generators(names: Sequence[str], summaries: Sequence[RunSummary], arms: Seq
 
 
 def _arms(summary: RunSummary) -> Sequence[Arm]:
-    return ordered(summary.arms) if summary.kind == "generator" else summary.arms
+    return summary.arms if summary.kind == "classifier" else ordered(summary.arms)
 
 
 def write(summaries: Sequence[RunSummary], path: Path | str) -> None:

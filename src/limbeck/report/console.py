@@ -23,19 +23,20 @@ MOST_MEASURES = 3
 
 def header(summary: RunSummary) -> tuple[str, ...]:
     """The names of the columns of `rows`."""
-    if summary.kind != "generator":
+    if summary.kind == "classifier":
         return HEADER
-    return ("", *(measure.heading for measure in _shown_measures(summary)), "Parameters")
+    return ("", *(measure.heading for measure in _shown_measures(summary)), *(["Parameters"] if summary.kind == "generator" else []))
 
 
 def rows(summary: RunSummary) -> list[tuple[str, ...]]:
     """One row an arm. Classifiers: label, accuracy mean ± s.e., parameters, MACs, bytes, median latency of the smallest batch.
 
-    Generators: label, the first MOST_MEASURES headline measures, calls and time a sample, parameters.
+    Generators: label, the first MOST_MEASURES headline measures, calls and time a sample, parameters. Data sets: label, the headline measures.
     """
-    if summary.kind == "generator":
+    if summary.kind != "classifier":
         measures = _shown_measures(summary)
-        return [(arm.label, *(shown(m, arm.mean(m.key)) for m in measures), count(arm.parameters)) for arm in ordered(summary.arms)]
+        last = [(count(arm.parameters),) if summary.kind == "generator" else () for arm in ordered(summary.arms)]
+        return [(arm.label, *(shown(m, arm.mean(m.key)) for m in measures), *end) for arm, end in zip(ordered(summary.arms), last, strict=True)]
     batch = first_batch_size(summary.arms)
     found: list[tuple[str, ...]] = []
     for arm in summary.arms:
@@ -47,6 +48,8 @@ def rows(summary: RunSummary) -> list[tuple[str, ...]]:
 
 def _shown_measures(summary: RunSummary) -> list[Measure]:
     quality = [key for key in summary.headline if key not in (CALLS, SECONDS)]
+    if summary.kind == "dataset":
+        return [measure_of(key) for key in quality]
     return [measure_of(key) for key in (*quality[:MOST_MEASURES], CALLS, SECONDS)]
 
 
@@ -101,5 +104,5 @@ def _said(summary: RunSummary) -> str:
     """The verdict, or the run in a sentence where there is none; a generator's warnings below it."""
     found = verdict(summary)
     said = sentence(summary) if found is None else f"{compared_with(summary)}: {found.difference}. {found.text}"
-    warnings = cautions(summary) if summary.kind == "generator" else []
+    warnings = cautions(summary) if summary.kind != "classifier" else []
     return "\n".join([said, *(f"Warning: {text}" for text in warnings)])

@@ -1,4 +1,4 @@
-"""The tables of a generator's run as text, for the page and for the terminal alike."""
+"""The tables of runs that are judged by measures (generators, data sets) as text, for the page and for the terminal alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from limbeck.report.generator_wording import against, change, shown
 from limbeck.report.measures import CALLS, SECONDS, Measure, in_order, measure_of
 from limbeck.report.summary import Arm, RunSummary
 from limbeck.report.tables import Cell, Row, amounts
+from limbeck.report.verdicts import compared_with
 
 ABSENT = "–"
 
@@ -37,12 +38,12 @@ def explanations(arms: Sequence[Arm]) -> list[tuple[str, str]]:
 
 
 def by_seed(summary: RunSummary, arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the judging measure by seed, with student − undistilled teacher where both have the seed."""
+    """Header and rows of the judging measure by seed, with the distilled arm minus the one "alone" where both have the seed."""
     measure = measure_of(summary.judged_by)
     found = [{o.seed: v for o in arm.outcomes if (v := o.measure(measure.key)) is not None} for arm in arms]
     student, alone = (next((f for f, arm in zip(found, arms, strict=True) if arm.role == role), {}) for role in ("distilled", "alone"))
     paired = bool(student and alone)
-    header = ["Seed", *(arm.label for arm in arms), *(["Student − undistilled teacher"] if paired else [])]
+    header = ["Seed", *(arm.label for arm in arms), *([compared_with(summary)] if paired else [])]
     rows = []
     for seed in sorted({seed for f in found for seed in f}):
         row = [str(seed), *(shown(measure, (f[seed], None)) if seed in f else ABSENT for f in found)]

@@ -63,8 +63,8 @@ def against(measure: Measure, mine: float | None, other: float | None) -> str:
     return compared(mine, other, *words)
 
 
-def verdict(difference: Paired, measure: Measure) -> Verdict:
-    """Distillation against the undistilled teacher with as many calls, in words; `kind` is 'higher' where the student is better.
+def verdict(difference: Paired, measure: Measure, mine: str = "the student", other: str = "the undistilled teacher") -> Verdict:
+    """What distillation made against what stands beside it (the teacher with as many calls), in words; `kind` is 'higher' where `mine` is better.
 
     A difference counts when it is more than two standard errors from zero.
     """
@@ -78,7 +78,7 @@ def verdict(difference: Paired, measure: Measure) -> Verdict:
     if difference.verdict == "unclear":
         return Verdict("unclear", "No clear difference: the paired difference is within two standard errors of zero.", numbers, interval)
     better = measure.improvement(difference.mean) > 0
-    text = f"Distillation {'helped: the student is clearly better' if better else 'hurt: the student is clearly worse'} than the undistilled teacher."
+    text = f"Distillation {'helped' if better else 'hurt'}: {mine} is clearly {'better' if better else 'worse'} than {other}."
     if difference.low <= 0 <= difference.high:
         text += f" With {difference.n} seeds the 95{NBSP}% interval still includes zero."
     return Verdict("higher" if better else "lower", text, numbers, interval)
@@ -115,7 +115,7 @@ def cautions(summary: RunSummary) -> list[str]:
     """What a reader must know before believing the tables: the run's notes, seeds that lack something, and unequal numbers of calls."""
     found = list(summary.notes)
     student, alone = summary.arm("distilled"), summary.arm("alone")
-    if student is not None and alone is not None:
+    if summary.kind == "generator" and student is not None and alone is not None:
         mine, other = student.mean(CALLS), alone.mean(CALLS)
         if mine and other and mine[0] != other[0]:
             found.append(f"The student makes {calls_of(student)} a sample, and the undistilled teacher beside it {calls_of(alone)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from limbeck.files import write_atomic
-from limbeck.report import generator_tables, plots, tables
+from limbeck.report import dataset_wording, generator_tables, plots, tables
 from limbeck.report.generator_wording import cautions, ordered
 from limbeck.report.measures import CALLS, SECONDS, measure_of
 from limbeck.report.page import fill, present
@@ -22,7 +22,7 @@ GENERATOR_FOOTER = (
 
 def render(summary: RunSummary) -> str:
     """The page of a run, in the form of its kind. Parts that the summary does not have are left out of it or said to be missing."""
-    return _generator(summary) if summary.kind == "generator" else _classifier(summary)
+    return _classifier(summary) if summary.kind == "classifier" else _judged_by_measures(summary)
 
 
 def _classifier(summary: RunSummary) -> str:
@@ -50,12 +50,14 @@ def _classifier(summary: RunSummary) -> str:
     )
 
 
-def _generator(summary: RunSummary) -> str:
+def _judged_by_measures(summary: RunSummary) -> str:
     arms = ordered(summary.arms)
     series = plots.series_of(arms)
     first, teacher, judge = generator_tables.leading([summary.headline]), summary.arm("teacher"), measure_of(summary.judged_by)
     header, rows = generator_tables.by_seed(summary, arms)
+    generates = summary.kind == "generator"
     ladders = [plots.ladder("teacher", series)]
+    costs = [plots.quality_by_cost(ladders, judge, measure_of(key), key) for key in (CALLS, SECONDS)] if generates else []
     return fill(
         "generator.html",
         _shared(summary, series)
@@ -63,7 +65,7 @@ def _generator(summary: RunSummary) -> str:
             "arms": arms,
             "headline": generator_tables.headline(arms, teacher, first),
             "compared_with": compared_with(summary),
-            "cost_plots": present([plots.quality_by_cost(ladders, judge, measure_of(key), key) for key in (CALLS, SECONDS)]),
+            "cost_plots": present(costs),
             "pictures": _grouped(summary.pictures),
             "further": generator_tables.further(arms, first),
             "explanations": generator_tables.explanations(arms),
@@ -73,7 +75,7 @@ def _generator(summary: RunSummary) -> str:
             "cost": tables.cost(arms),
             "latency_rows": tables.latency_rows(arms),
             "warnings": cautions(summary),
-            "footer": GENERATOR_FOOTER,
+            "footer": GENERATOR_FOOTER if generates else dataset_wording.FOOTER,
         },
     )
 

@@ -1,4 +1,4 @@
-"""What the numbers of a generator's run mean: name, unit, direction, and an explanation for the reader of a report."""
+"""What the numbers of runs of generators and data sets mean: name, unit, direction, and an explanation for the reader of a report."""
 
 from __future__ import annotations
 
@@ -60,15 +60,40 @@ MEASURES = {
         Measure("frequency_tv", "Error of mode frequencies", "lower", "Half the sum of the differences to the components’ weights; 0: the same, 1: apart."),
         Measure("histogram_l1", "Histogram distance", "lower", "Sum of the differences of both histograms’ shares; 0: the same, 2: apart."),
         Measure("paired_rmse", "RMSE to the teacher", "lower", "Root mean square difference to what the teacher makes of the same noise."),
+        Measure("accuracy", "Accuracy", "higher", "Of fresh networks trained on the set, at their last epoch, on the test data; the mean.", "percent", 1),
+        Measure("accuracy_std", "Spread of networks", "lower", "Standard deviation of the accuracy over the fresh networks.", "percent", 1),
+        Measure("accuracy_low", "Accuracy, lower end", "higher", "Of the 95 % interval of the mean over networks (Student’s t).", "percent", 1),
+        Measure("accuracy_high", "Accuracy, upper end", "higher", "Of the same interval.", "percent", 1),
+        Measure(
+            "bytes",
+            "Bytes",
+            "lower",
+            "Images and shared patterns as float32, labels, step size, whitening; without teachers.",
+            "whole",
+        ),
+        Measure("compression", "Share of the real data", "lower", "Bytes over those of the real training images as float32.", "percent", 2),
+        Measure("images_per_class", "Images a class", "lower", "Stored images and shared patterns over classes.", "number", 3),
+        Measure("improvement_over_random", "Gain over random images", "higher", "Accuracy minus that of as many random real images.", "percent", 1),
+        Measure("hard_label_recovery", "Gap to all real data", "lower", "Accuracy on all real data minus that on the set with hard labels.", "percent", 1),
+        Measure("label_robust_score", "Label-robust score (×100)", "higher", "DD-Ranking’s; 26.9: no better than random, no gap.", factor=100),
+        Measure("cross_drop", "Loss on other architectures", "lower", "Accuracy minus the mean of the other architectures’.", "percent", 1),
+        Measure("ridge_loss", "Ridge loss", "lower", "Mean squared error of the teacher’s answers to test images, by ridge regression on the pairs."),
+        Measure("evaluation_seconds", "Time to judge", "lower", "Seconds for all networks that were trained on the set.", "seconds"),
         Measure(CALLS, "Network calls a sample", "lower", "How often a network is run for one sample; guidance runs it twice.", "whole"),
         Measure(SECONDS, "Time a sample", "lower", "Wall-clock time of a batch divided by its size; all arms on one machine.", "seconds"),
     )
 }
 """The measures that a report knows, by key, in the order in which tables show them."""
 
+PREFIXES = {"cross/": "Accuracy of", "transfer/": "Accuracy on"}
+"""Measures of which there are many, by what their keys begin with: of other architectures, on other tasks."""
+
 
 def measure_of(key: str) -> Measure:
     """The measure of this key; one that is not in `MEASURES` is named by its key and has neither direction nor explanation."""
+    for prefix, words in PREFIXES.items():
+        if key.startswith(prefix):
+            return Measure(key, f"{words} {key.removeprefix(prefix)}", "higher", "", "percent", 1)
     return MEASURES.get(key) or Measure(key, (key[:1].upper() + key[1:]).replace("_", " "), "none")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from limbeck.report import generator_wording, wording
+from limbeck.report import dataset_wording, generator_wording, wording
 from limbeck.report.measures import measure_of
 from limbeck.report.summary import RunSummary
+
+BESIDE = {"generator": ("the student", "the undistilled teacher"), "dataset": ("the set", f"as many {dataset_wording.BESIDE}")}
+"""What the verdict's difference is between, in words."""
 
 
 def sentence(summary: RunSummary) -> str:
     """The run in one sentence."""
-    return generator_wording.sentence(summary) if summary.kind == "generator" else wording.sentence(summary)
+    speaks = {"generator": generator_wording.sentence, "dataset": dataset_wording.sentence}.get(summary.kind, wording.sentence)
+    return speaks(summary)
 
 
 def verdict(summary: RunSummary) -> wording.Verdict | None:
@@ -17,9 +21,12 @@ def verdict(summary: RunSummary) -> wording.Verdict | None:
     difference = summary.difference()
     if difference is None:
         return None
-    return generator_wording.verdict(difference, measure_of(summary.judged_by)) if summary.kind == "generator" else wording.verdict(difference)
+    if summary.kind == "classifier":
+        return wording.verdict(difference)
+    mine, other = BESIDE[summary.kind]
+    return generator_wording.verdict(difference, measure_of(summary.judged_by), mine, other)
 
 
 def compared_with(summary: RunSummary) -> str:
     """What the verdict's difference is between."""
-    return "Student − undistilled teacher" if summary.kind == "generator" else "Distilled − alone"
+    return {"generator": "Student − undistilled teacher", "dataset": "Distilled − random real"}.get(summary.kind, "Distilled − alone")

@@ -23,10 +23,10 @@ from limbeck import seeds
 from limbeck.contract import Batch, Clock, Data, Method, OptimiserSpec, Phase, Player, Update
 from limbeck.data import AugmentSpec, BatchPlan, Views, blank, evaluation_batches, stream
 from limbeck.errors import InputError, Interrupted, TrainingError
+from limbeck.optimise import build_optimiser, set_rate
 from limbeck.train import checkpoint, parallel
 from limbeck.train.config import TrainConfig
 from limbeck.train.metrics import MetricBuffer, MetricFile
-from limbeck.train.optimise import build_optimiser, set_rate
 from limbeck.train.progress import Progress, Silent
 
 Evaluate = Callable[[Method], Mapping[str, float]]
@@ -128,6 +128,8 @@ class Trainer:
                         f"micro-batches ask for different players: '{player}' and '{update.player}'; a method's updates may not depend on the batch."
                     )
                 player = update.player
+                if update.fresh:
+                    self.seats[player].optimiser.state.clear()
                 self._backward(update, weight, clock.step)
             if not player:
                 return
