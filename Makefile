@@ -35,6 +35,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/records.py
 	$(BIN)/python benchmarks/generators.py
+	$(BIN)/python benchmarks/trajectories.py
+	$(BIN)/python benchmarks/experts.py
 
 # make claims CLAIMS="meal_v2 weight_align"; all of them without
 claims: $(VENV)/.dev

@@ -68,7 +68,7 @@ MEASURES = {
             "bytes",
             "Bytes",
             "lower",
-            "Images and shared patterns as float32, labels, step size, whitening; without teachers.",
+            "Images and shared patterns as float32, labels and step size; without preprocessing and teachers.",
             "whole",
         ),
         Measure("compression", "Share of the real data", "lower", "Bytes over those of the real training images as float32.", "percent", 2),

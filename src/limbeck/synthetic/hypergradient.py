@@ -210,8 +210,9 @@ class _Walk:
         return theta_P, torch.autograd.grad(self.step_loss(theta_P, self.leaves, t), theta_P, create_graph=True)[0]
 
     def _after(self, state: _State, g_P: Tensor) -> _State:
-        velocity_P = g_P if state.velocity_P is None else torch.add(g_P, state.velocity_P, alpha=self.momentum)
-        return _State(torch.addcmul(state.theta_P, velocity_P, self.eta, value=-1), velocity_P if self.momentum else None)
+        # Written as the unrolled step is, without fused operations: one rounding more or less turns a ReLU in some step, and float32 gradients then part.
+        velocity_P = g_P if state.velocity_P is None else g_P + self.momentum * state.velocity_P
+        return _State(state.theta_P - self.eta * velocity_P, velocity_P if self.momentum else None)
 
     def _fill(self, kept: dict[int, _State], t: int, keep_every: int) -> None:
         """Where the state at t was not kept: the steps from the last one before it that was, once more."""

@@ -1,6 +1,7 @@
 """INFER: every invariant of its sheet, what takes gradients and what does not, restarts, and what it refuses."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from limbeck.contract import Batch, Clock, OptimiserSpec
 from limbeck.data.arrays import ArrayData
 from limbeck.errors import InputError
-from limbeck.losses.divergences import kl_divergence
+from limbeck.evaluate.synthetic_sets import label_loss, target_probabilities
 from limbeck.methods.datasets.infer import ADAM, INFER, mean_logits
 from limbeck.optimise import build_optimiser, factor, set_rate
 from limbeck.synthetic.batch_statistics import matching_loss, tapped
@@ -229,7 +230,7 @@ def test_the_rate_is_a_cosine_from_the_first_step_to_zero():
     assert rates[0] == 0.25
     assert rates[500] == pytest.approx(0.125)
     assert rates[-1] < 1e-6
-    assert all(b < a for a, b in zip(rates, rates[1:], strict=False))
+    assert all(b < a for a, b in pairwise(rates))
     assert bound().players()["compensators"].optimiser == ADAM
     assert bound(optimiser=OptimiserSpec(lr=0.1)).players()["compensators"].optimiser.lr == 0.1
 
@@ -301,9 +302,18 @@ def test_of_linear_teachers_mixed_labels_are_the_labels_of_mixed_images():
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 30.0])
 def test_a_student_that_is_the_teacher_has_loss_0(temperature):
     net, x = Net(1).eval(), torch.randn(6, *SHAPE)
-    logits = mean_logits([net], x)
-    torch.testing.assert_close(kl_divergence(logits, net(x), temperature).detach(), torch.tensor(0.0), atol=1e-6, rtol=0)
-    assert float(kl_divergence(logits, -net(x), temperature).detach()) > 1e-4
+    with torch.no_grad():
+        probabilities = target_probabilities(mean_logits([net], x), temperature)
+        same, other = label_loss(net(x), probabilities, temperature), label_loss(-net(x), probabilities, temperature)
+    torch.testing.assert_close(same, torch.tensor(0.0), atol=1e-6, rtol=0)
+    assert float(other) > 1e-4
+
+
+def test_how_a_user_trains_unless_the_recipe_says_otherwise():
+    training = bound().training
+    assert (training.epochs, training.batch_size, training.mixup, training.temperature) == (133, 64, 0.8, 30)  # 400 epochs over M + 1 = 3
+    assert (training.optimiser.name, training.optimiser.lr, training.optimiser.weight_decay) == ("adamw", 1e-3, 0.01)
+    assert (training.optimiser.schedule.name, training.labels, training.soft, training.drop_at) == ("cosine", "static", "logits", None)
 
 
 # ---- what comes out ------------------------------------------------------------------------------------------------------
