@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from limbeck import methods
 from limbeck.contract import OptimiserSpec, ScheduleSpec
 from limbeck.data import AugmentSpec
-from limbeck.recipe import CompareSpec, DataSpec, EvaluateSpec, ModelSpec, Recipe, RecordRecipe
+from limbeck.recipe import CompareSpec, DataSpec, EvaluateSpec, ModelSpec, Recipe, RecordRecipe, TeacherSpec
 from limbeck.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def test_the_readmes_tables_are_those_of_the_evidence():
     assert done.returncode == 0, "run tools/readme_tables.py"
 
 
-@pytest.mark.parametrize("model", [Recipe, ModelSpec, DataSpec, AugmentSpec, TrainConfig, OptimiserSpec, ScheduleSpec, EvaluateSpec, CompareSpec])
+@pytest.mark.parametrize("model", [Recipe, ModelSpec, TeacherSpec, DataSpec, AugmentSpec, TrainConfig, OptimiserSpec, ScheduleSpec, EvaluateSpec, CompareSpec])
 def test_every_field_of_a_recipe_is_explained(model: type[BaseModel]):
     page = (ROOT / "docs" / "guide" / "recipes.md").read_text()
     missing = [name for name in model.model_fields if f"`{name}`" not in page]

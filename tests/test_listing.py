@@ -9,8 +9,11 @@ import yaml
 from limbeck import listing
 from limbeck.contract import Frozen, Method, Paper
 from limbeck.errors import InputError
+from limbeck.ingredients import from_recipe
+from limbeck.kinds import KINDS
 from limbeck.methods import BUILT_IN
 from limbeck.recipe import Recipe
+from limbeck.runner import Runner
 from recipe_parts import limbeck
 
 
@@ -71,7 +74,7 @@ def test_an_entry_point_that_is_no_method_is_refused(monkeypatch):
         listing.find("strange")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if listing.find(name).produces in KINDS])
 def test_new_writes_a_commented_recipe(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     called = limbeck("new", name)
@@ -82,17 +85,47 @@ def test_new_writes_a_commented_recipe(name, tmp_path, monkeypatch):
     assert recipe.method.name == recipe.name == name
     assert bool(recipe.teacher) == (method.needs_teacher or name in ("quantized_distillation", "data_pruning"))
     assert (recipe.student.train is not None) == method.starts_trained
+    given = set(recipe.method.args)
+    assert given == set() or method.produces == "dataset"
+    method.Config.model_validate(recipe.method.args)
     for knob in method.Config.model_fields:
-        assert re.search(rf"^  # {knob}: ", text, re.MULTILINE)
-    # uncommenting the knobs changes nothing: they are the defaults
+        assert re.search(rf"^  {'' if knob in given else '# '}{knob}: ", text, re.MULTILINE)
+    # uncommenting the other knobs changes nothing: they are the defaults
     uncommented = yaml.safe_load(re.sub(r"^  # (\w+: .*)$", r"  \1", text, flags=re.MULTILINE).split("\nstudent:")[0].split("\nteacher:")[0])
-    knobs = {k: v for k, v in uncommented["method"].items() if k != "name"}
+    knobs = {k: v for k, v in uncommented["method"].items() if k != "name" and k not in given}
     assert method.Config.model_validate(knobs) == method.Config()
     # it is not overwritten
     again = limbeck("new", name)
     assert again.code == 2
     assert again.err == f"limbeck: {name}.yaml: the file exists already. Give another name with --output.\n"
     assert (tmp_path / f"{name}.yaml").read_text(encoding="utf-8") == text
+
+
+def test_a_recipe_for_a_data_set_passes_what_a_run_checks_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ftd", "ast", "real_images", "krr_st", "infer"):
+        method = listing.find(name)
+        recipe = Recipe.read(listing.write_recipe(name, None), ["data.train_size=600"])
+        assert (recipe.experts is not None) == method.needs_experts
+        parts = from_recipe(recipe)
+        Runner(parts, folder=None).check()  # builds everything, trains nothing
+
+
+def test_a_data_sets_method_of_a_third_party_gets_experts_where_it_needs_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(BUILT_IN, "theirs", BUILT_IN["ftd"])
+    recipe = Recipe.read(listing.write_recipe("theirs", None))
+    assert recipe.experts is not None
+    assert recipe.method.args == {}
+
+
+def test_no_recipe_for_a_teachers_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    called = limbeck("new", "barlow_twins")
+    said = "limbeck: 'barlow_twins' makes an encoder, which no run makes alone. `limbeck new krr_st` writes a recipe whose teacher it trains.\n"
+    assert (called.code, called.out, called.err) == (2, "", said)
+    assert not list(tmp_path.iterdir())
+    assert "Makes an encoder." in limbeck("methods", "barlow_twins").out
 
 
 def test_new_elsewhere(tmp_path, monkeypatch):

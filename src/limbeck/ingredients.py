@@ -193,7 +193,7 @@ def from_recipe(recipe: Recipe) -> Ingredients:
         name=recipe.name,
         seeds=recipe.seeds,
         method=lambda: make_method(recipe.method),
-        data=lambda seed: prepare(recipe.data, seed),
+        data=lru_cache(maxsize=2)(lambda seed: prepare(recipe.data, seed)),
         student=lambda prepared, seed: network(recipe.student, prepared, seed, "student"),
         fresh=lambda prepared, seed: network(recipe.student, prepared, seed, "student"),
         teachers=tuple(spec for spec in recipe.teacher if spec.model is not None),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from limbeck import files
 from limbeck.components import import_object
 from limbeck.contract import Frozen, Method
 from limbeck.errors import InputError, suggestion
+from limbeck.kinds import KINDS
 from limbeck.methods import catalogue
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def print_method(name: str) -> None:
     console.print(", ".join(x for x in source if x), highlight=False)
     if paper.reconstructed:
         console.print(f"Reconstructed: {paper.reconstructed}", highlight=False)
-    console.print(f"Makes a {method.produces}. Claim: {state(name)}.", highlight=False)
+    console.print(f"Makes {_a(method.produces)}. Claim: {state(name)}.", highlight=False)
     table = _table("knob", list(method.Config.model_fields), "default", "meaning")
     for knob, default, meaning in knobs(method.Config):
         table.add_row(knob, default, meaning)
@@ -102,8 +104,14 @@ def knobs(config: type[Frozen]) -> Iterator[tuple[str, str, str]]:
         yield name, shown, field.description or ""
 
 
+def _a(word: str) -> str:
+    """The word with its article."""
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
 def _inline(value: Any) -> str:
-    plain = value.model_dump(mode="json") if hasattr(value, "model_dump") else list(value) if isinstance(value, tuple) else value
+    """A value as YAML in one line; of a section only what differs from its own defaults."""
+    plain = value.model_dump(mode="json", exclude_defaults=True) if hasattr(value, "model_dump") else list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip()
     return text.removesuffix("...").strip()
 
@@ -224,21 +232,143 @@ _PRETRAIN = """\
 """
 
 
+_DATASET = """\
+# {title}
+# {source}
+# Run it:   limbeck distill {file}
+# Any field can be overridden:   limbeck distill {file} --set train.steps=50
+name: {name}
+seeds: [0]
+
+method:
+  name: {name}
+{knobs}
+{teacher}
+student:                       # what is trained on the set, and what judges it
+  model: {student}
+
+data:
+  source: {{name: digits}}       # digits, fashion_mnist, cifar10, cifar100, image_folder, huggingface, tensors
+  validation: 200              # held out of the training data, for what is chosen by it
+  # whiten: true               # ZCA (colour images)
+
+train:                         # of what is learned
+{train}
+
+evaluate:
+  networks: 5                  # fresh ones, trained on the set and tested after their last epoch
+{judged}
+"""
+
+_SEARCHED = "  search_rate: true            # the real images choose theirs, since the set learns its own"
+_ARCHITECTURES = "  architectures: [{name: mlp, hidden: [64]}]   # others that are trained on the set"
+_FULL = "  full_training: {epochs: 20, batch_size: 64}  # on all real data"
+_BASELINES = "  baselines: [random, kmeans, full]            # real images: as many, drawn or nearest to centres; and all"
+_HARD = f"  training: {{epochs: 300}}      # of a network on the set\n{_FULL}\n{_BASELINES}\n{_ARCHITECTURES}"
+_CONVNET = "{name: convnet, depth: 2, width: 32, padding: 1}"
+_EXPERTS = """
+teacher:
+  experts:                     # students trained on the real data, their weights kept after every epoch
+    count: {count}
+    epochs: {epochs}
+    batch_size: 64
+    lr: {lr}
+    augment: null              # {{}}: all of DSA, as `method.augment`
+{more}
+  # folder: experts            # where they lie, to be shared by runs; else in the run's folder
+"""
+_FLAT = "    sharpness: {mode: gsam, rho: 0.01}         # towards flat minima"
+_SMOOTH = """\
+    momentum: 0.9
+    weight_decay: 0.001
+    loss_scale: {start: 0.5, step: 0.05}       # slow at first
+    gradient_penalty: {weight: 2.0}            # smooth; about three times the time"""
+_IMAGES = """\
+  steps: {steps}
+  batch_size: 1                # no real images are drawn
+  optimiser: {{name: sgd, lr: {lr}, momentum: 0.5}}   # the gradients are small, the rates large"""
+_WITH_NORM = """
+teacher:                       # one, or a list: networks with batch norm
+  model: {name: convnet, widths: [32, 32], norm: batch, padding: 1}
+  train: {epochs: 20, batch_size: 64, optimiser: {name: adam, lr: 0.003, schedule: {name: cosine}}}
+"""
+_ENCODER = """
+teacher:                       # any network that gives vectors, trained here or with weights
+  model: {name: convnet, widths: [32, 64], norm: batch, padding: 1, num_classes: 64}   # 64 numbers a vector
+  method: {name: barlow_twins, representation: outputs, projector: [], off_diagonal: 0.3, views: {crop: 1, cutout: 2}}
+  train: {epochs: 30, batch_size: 128, drop_last: true, optimiser: {name: adam, lr: 0.002, schedule: {name: cosine}}}
+"""
+_TRANSFER = """\
+  transfer:                    # pre-trained on the pairs, then tuned to a few labels
+    labels_per_class: 10
+    pretraining: {epochs: 300}
+    fine_tuning: {steps: 200, augment: {crop: 1}}
+  baselines: [random]          # real images with the teacher's vectors; and no pre-training
+  # tasks: {other: {source: {name: digits}}}   # labelled data that it goes on to; else the run's own"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Example:
+    """What `limbeck new` writes for a method that makes data sets: knobs that suit digits and a minute or two, and YAML for the sections."""
+
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    teacher: str = ""
+    student: str = _CONVNET
+    train: str = _IMAGES.format(steps=300, lr=10)
+    judged: str = f"{_SEARCHED}\n{_HARD}"
+
+
+_NETWORK_WITH_NORM = "{name: convnet, widths: [16, 32], norm: batch, padding: 1}"
+_DATASETS = {
+    "ftd": _Example(
+        {"steps": 20, "latest_start": 5, "augment": None, "step_size": 0.02, "step_size_optimiser": {"lr": 1e-4, "momentum": 0.5}, "image_ema": 0.98},
+        _EXPERTS.format(count=10, epochs=6, lr=0.05, more=_FLAT),
+    ),
+    "ast": _Example(
+        {"steps": 9, "expert_epochs": 3, "latest_start": 8, "step_size": 0.03, "augment": None},
+        _EXPERTS.format(count=6, epochs=12, lr=0.02, more=_SMOOTH),
+        train=_IMAGES.format(steps=100, lr=1),
+    ),
+    "real_images": _Example(train="  steps: 1                     # nothing is learned", judged=_HARD),
+    "krr_st": _Example(
+        {"images": 50, "networks": 4, "life": 100},
+        _ENCODER,
+        _NETWORK_WITH_NORM,
+        "  steps: 300\n  batch_size: 256\n  optimiser: {name: adamw, lr: 0.001, schedule: {name: linear, final: 0.001}}",
+        _TRANSFER,
+    ),
+    "infer": _Example(
+        {"shift": 1},
+        _WITH_NORM,
+        _NETWORK_WITH_NORM,
+        "  steps: 100\n  batch_size: 1                # no other images are drawn",
+        f"  # training:                # as the method says: AdamW, mixup, static soft labels at a high temperature\n{_FULL}\n{_BASELINES}\n{_ARCHITECTURES}",
+    ),
+}
+"""By method. Third parties' get the defaults of `_Example`, and experts where they need them."""
+
+
 def write_recipe(name: str, output: Path | None) -> Path:
     """Write a commented recipe that runs as it is.
 
     Raises:
-        InputError: the method is unknown, or the file exists.
+        InputError: the method is unknown, it makes what no run makes alone, or the file exists.
     """
     method = find(name)
+    if method.produces not in KINDS:
+        users = sorted(other for other, example in _DATASETS.items() if f"name: {name}," in example.teacher)
+        fix = f"`limbeck new {users[0]}` writes a recipe whose teacher it trains." if users else "Give it as the 'method' of a teacher."
+        raise InputError(f"'{name}' makes {_a(method.produces)}, which no run makes alone.", fix=fix)
     path = output if output is not None else Path(f"{name}.yaml")
     if path.exists():
         raise InputError("the file exists already.", where=str(path), fix="Give another name with --output.")
     if not path.parent.is_dir():
         raise InputError("there is no such folder.", where=str(path.parent))
-    lines = []
+    lines, example = [], _DATASETS.get(name, _Example())
     for knob, default, meaning in knobs(method.Config):
         setting = f"  # {knob}: {default}"
+        if knob in example.settings:
+            setting, meaning = f"  {knob}: {_inline(example.settings[knob])}", f"(default: {default}) {meaning}"
         lines.append(f"{setting:31} # {' '.join(meaning.split())}" if meaning else setting)
     paper = method.paper
     made = path.with_name(f"{path.stem}_record.yaml")
@@ -250,6 +380,14 @@ def write_recipe(name: str, output: Path | None) -> Path:
         network = (_DENOISER_TEACHER if has_teacher else _DENOISER_STUDENT).format(model=method.example_model)
         text = _GENERATOR.format(
             title=paper.title, source=source, file=path, name=name, knobs="\n".join(lines), network=network
+        )  # fmt: skip
+        files.write_atomic(path, text)
+        return path
+    if method.produces == "dataset":
+        shown = example.teacher or (_EXPERTS.format(count=10, epochs=22, lr=0.01, more="") if method.needs_experts else _TEACHER if has_teacher else "")
+        text = _DATASET.format(
+            title=paper.title, source=source, file=path, name=name, knobs="\n".join(lines), teacher=shown,
+            student=example.student, train=example.train, judged=example.judged,
         )  # fmt: skip
         files.write_atomic(path, text)
         return path

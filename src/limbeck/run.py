@@ -32,7 +32,7 @@ from limbeck.evaluate.cost import torch_threads
 from limbeck.evaluate.statistics import Latency
 from limbeck.export import folder as artefacts
 from limbeck.export import rebuild
-from limbeck.ingredients import Ingredients, Prepared, from_recipe, make_method, prepare, replay
+from limbeck.ingredients import Ingredients, Prepared, from_recipe, make_method, replay
 from limbeck.kinds import Measured, kind_of
 from limbeck.recipe import CompareSpec, EvaluateSpec, Recipe
 from limbeck.records import Record

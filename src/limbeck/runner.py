@@ -92,6 +92,10 @@ class Runner:
         if method.needs_experts != (parts.experts is not None) and parts.given_teacher is None:
             what = f"the method '{type(method).__name__}' {'needs' if method.needs_experts else 'does not take'} experts as its teacher."
             raise InputError(what, where="teacher", fix="Give 'teacher' a section 'experts'." if method.needs_experts else "Give 'teacher' a 'model'.")
+        own = parts.student_spec
+        if method.produces == "dataset" and own is not None and (own.weights is not None or own.train is not None):
+            what = "a set is made for, and judged by, fresh networks."
+            raise InputError(what, where="student.weights" if own.weights is not None else "student.train", fix="Leave it out.")
         prepared, kind = parts.data(seed), self.kind
         kind.check(prepared, parts.train, parts.augment)
         if method.needs_labels and prepared.train.targets is None:
@@ -172,6 +176,8 @@ class Runner:
             arms.append(Measured("alone", kind.labels["alone"], self._outcome(alone, prepared, seed, reference)))
         student = copy.deepcopy(start)
         made = self._train(method, student, prepared, seed, parts.train, place, teacher=teacher, label=f"{parts.name} seed {seed}", test=True)
+        if place is not None and rank() == 0 and kind.keeps_first:
+            self._keep(made, prepared, place / "artefact", None)
         own = self._outcome(made, prepared, seed, reference)
         if place is not None and rank() == 0:  # first what took long, then what is nice to have
             self._keep(made, prepared, place / "artefact", own)
@@ -240,11 +246,13 @@ class Runner:
             "experts": spec.experts.model_dump(mode="json", exclude={"count", "together"}),
             "network": student,
             "data": datasets.inputs_fingerprint(prepared.train),
+            "samples": hashlib.sha256(datasets.origins(prepared.train).numpy().tobytes()).hexdigest(),
             "labels": hashlib.sha256(_labels(prepared).numpy().tobytes()).hexdigest(),
             "seed": seed,
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-        place = Path(spec.folder) if spec.folder is not None else self.cache / f"experts-{key}" if self.cache is not None else None
+        shared = None if spec.folder is None else Path(spec.folder) if spec.seed is not None else Path(spec.folder) / f"seed-{seed}"
+        place = shared if shared is not None else self.cache / f"experts-{key}" if self.cache is not None else None
         if place is None and self.folder is not None:
             place = (self.folder if spec.seed is not None or seed == parts.seeds[0] else self.folder / f"seed-{seed}") / "experts"
         if place is None:
@@ -256,10 +264,11 @@ class Runner:
 
         if rank() != 0:
             barrier()
-            return Trajectories.open(place)
+            return Trajectories.open(place, spec.experts.count)
+        device = parallel.accelerator("no", cpu=parts.cpu).device
         found = train_experts(
-            spec.experts, network_of, all_inputs(prepared.train), _labels(prepared), prepared.num_classes, place, seed=seed, identity=identity,
-            progress=choose(self.style),
+            spec.experts, network_of, all_inputs(prepared.train).to(device), _labels(prepared).to(device), prepared.num_classes, place, seed=seed,
+            identity=identity, progress=choose(self.style),
         )  # fmt: skip
         barrier()
         return found

@@ -218,6 +218,22 @@ def test_a_student_that_is_the_teacher_stays_and_teachers_are_left_alone() -> No
     torch.testing.assert_close(weights(student), weights(network(3)), rtol=0, atol=1e-6)
 
 
+def test_teachers_are_moved_for_dynamic_labels_alone() -> None:
+    moved: list[object] = []
+
+    class Stays(nn.Sequential):
+        def to(self, *given, **named):
+            moved.append(given)
+            return super().to(*given, **named)
+
+    images, labels = blobs(6)
+    teacher = Stays(*linear(7))
+    trained(images, labels, PLAIN, teachers=[teacher])
+    assert not moved
+    trained(images, labels, PLAIN.model_copy(update={"labels": "dynamic"}), teachers=[teacher])
+    assert moved
+
+
 # ---- the evaluator --------------------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +343,8 @@ def test_wrong_input_is_told() -> None:
         (lambda: trained(images, labels - 1, PLAIN), "classes from 0"),
         (lambda: trained(images, labels, PLAIN.model_copy(update={"labels": "dynamic"})), "teacher"),
         (lambda: trained(images, labels, PLAIN, step_size=-0.1), "learning rate"),
+        (lambda: trained(images.flatten(1), labels, PLAIN.model_copy(update={"augment": DSASpec()})), r"training\.augment: samples of shape \[16\]"),
+        (lambda: trained(images.flatten(1), labels, PLAIN.model_copy(update={"transform": AugmentSpec(flip=True)})), r"training\.transform: samples"),
         (lambda: evaluator(count=0), "0 networks"),
         (lambda: validated(SetTraining, {"optimiser": {"schedule": {"name": "cosine"}}}), "drop_at: null"),
         (lambda: validated(SetTraining, {"transform": {"mixup": 1.0}}), "transform"),

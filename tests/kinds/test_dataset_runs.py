@@ -8,8 +8,12 @@ import torch
 import yaml
 
 import limbeck
+from limbeck.data.sources import digits
 from limbeck.errors import InputError
+from limbeck.ingredients import prepare
 from limbeck.kinds.dataset import LABELS
+from limbeck.methods.datasets import ftd as method_file
+from limbeck.models import build_model
 from limbeck.recipe import Recipe
 from limbeck.report.summary import RunSummary
 from limbeck.run import distill, evaluate_run, measure
@@ -64,6 +68,8 @@ def test_what_stands_beside_a_set(run: Path) -> None:
     own = arms["distilled"]
     assert 0 <= own.values("accuracy")[0] <= 1
     assert own.values("cross/mlp")
+    assert own.values("random_cross_drop")
+    assert own.values("cross_drop")[0] == pytest.approx(own.values("accuracy")[0] - own.values("cross/mlp")[0])
     (ior,) = own.values("improvement_over_random")
     assert ior == pytest.approx(own.values("accuracy")[0] - arms[LABELS["random"]].values("accuracy")[0])
 
@@ -82,8 +88,8 @@ def test_the_images_moved_and_the_start_was_real(run: Path, tmp_path: Path) -> N
     assert isinstance(start, SyntheticSet)
     assert isinstance(end, SyntheticSet)
     assert not torch.equal(start.images, end.images)
-    prepared = limbeck.data.sources.digits()  # type: ignore[attr-defined]
-    real = prepared.train.prepare(prepared.train.inputs)
+    source = digits()
+    real = source.train.prepare(source.train.fetch(torch.arange(len(source.train)))[0])
     assert all(bool((real == image).flatten(1).all(1).any()) for image in start.images)
 
 
@@ -124,6 +130,11 @@ def test_real_images_are_a_method(tmp_path: Path) -> None:
         ({"data": {**FTD["data"], "augment": {"mixup": 0.4}}}, "augment"),
         ({"data": {**FTD["data"], "labelled": 50}}, "label"),
         ({"evaluate": {**FTD["evaluate"], "search_rate": True}}, "search_rate"),
+        ({"evaluate": {**FTD["evaluate"], "architectures": [{"name": "nosuch"}]}}, "evaluate.architectures.0"),
+        ({"evaluate": {**FTD["evaluate"], "architectures": [{"name": "convnet", "depth": 7}]}}, "evaluate.architectures.0"),
+        ({"evaluate": {**FTD["evaluate"], "training": {"labels": "dynamic"}}}, "dynamic"),
+        ({"train": {**FTD["train"], "ema": 0.9}}, "train.ema"),
+        ({"student": {**FTD["student"], "train": {"epochs": 1}}}, "student.train"),
     ],
 )
 def test_what_a_recipe_may_not_say(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -142,12 +153,83 @@ def test_a_recipe_with_experts_is_read_and_written_again() -> None:
         Recipe.parse(recipe(teacher={"model": {"name": "mlp", "hidden": [8]}, "folder": "x"}))
 
 
+WITH_NORM = {"model": {"name": "convnet", "depth": 1, "width": 8, "norm": "batch"}}
+SHORT = {"networks": 1, "training": {"steps": 8, "temperature": 4.0, "mixup": 0.4}, "full_training": {"epochs": 1}}
+
+
+def test_a_set_with_shared_patterns_runs_to_the_end(tmp_path: Path) -> None:
+    trained = {"epochs": 1, "batch_size": 32}
+    values = recipe(
+        name="infer", method={"name": "infer", "images_per_class": 2}, student=WITH_NORM, teacher=[{**WITH_NORM, "train": trained}] * 2,
+        train={"steps": 3, "batch_size": 8}, evaluate=SHORT,
+    )  # fmt: skip
+    distill(Recipe.parse(values), run=tmp_path / "run")
+    summary = RunSummary.from_json((tmp_path / "run" / "result.json").read_text())
+    made, arms = limbeck.load(tmp_path / "run"), {arm.label: arm for arm in summary.arms}
+    assert isinstance(made, SyntheticSet)
+    assert len(made) > len(made.images)
+    assert arms[LABELS["random"]].values("images_per_class") == [float((len(made.images) + len(made.patterns)) // 10)]
+    assert evaluate_run(tmp_path / "run")["accuracy"] == arms["distilled"].values("accuracy")[0]
+    assert summary.pictures
+
+
+def test_pairs_run_to_the_end(tmp_path: Path) -> None:
+    values = recipe(
+        name="pairs", method={"name": "krr_st", "images": 20, "networks": 2, "life": 5}, student=WITH_NORM,
+        teacher={**WITH_NORM, "method": {"name": "barlow_twins"}, "train": {"epochs": 1, "batch_size": 32, "drop_last": True}},
+        train={"steps": 3, "batch_size": 16, "optimiser": {"name": "adamw", "lr": 0.001}},
+        evaluate={"networks": 1, "transfer": {"labels_per_class": 2, "pretraining": {"epochs": 2}, "fine_tuning": {"steps": 3}}, "baselines": ["random"]},
+    )  # fmt: skip
+    distill(Recipe.parse(values), run=tmp_path / "run")
+    summary = RunSummary.from_json((tmp_path / "run" / "result.json").read_text())
+    arms = {arm.label: arm for arm in summary.arms}
+    assert "no pre-training" in arms
+    assert arms["distilled"].values("ridge_loss")[0] > 0
+    assert evaluate_run(tmp_path / "run")["transfer/own"] == arms["distilled"].values("transfer/own")[0]
+
+
+@pytest.mark.parametrize("change", ["data.whiten=true", "data.source.name=two_moons"])
+def test_a_set_is_not_judged_on_data_of_another_kind(run: Path, change: str) -> None:
+    with pytest.raises(InputError, match=r"whitened|shape|two_moons|count"):
+        evaluate_run(run, [change])
+
+
+def test_experts_of_several_seeds_lie_side_by_side_in_a_shared_folder(tmp_path: Path) -> None:
+    values = recipe(
+        seeds=[0, 1], teacher={**FTD["teacher"], "seed": None, "folder": str(tmp_path / "experts")},
+        evaluate={"networks": 1, "training": {"steps": 5}, "baselines": []},
+    )  # fmt: skip
+    distill(Recipe.parse(values), run=tmp_path / "run")
+    first, second = (Trajectories.open(tmp_path / "experts" / f"seed-{seed}") for seed in (0, 1))
+    assert not torch.equal(first.weights(0, 0), second.weights(0, 0))
+
+
+def test_a_set_that_cannot_be_judged_is_kept_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the machine went down")
+
+    monkeypatch.setattr("limbeck.kinds.dataset.DatasetKind.outcome", broken)
+    with pytest.raises(RuntimeError, match="went down"):
+        distill(Recipe.parse(FTD), run=tmp_path / "run")
+    assert isinstance(limbeck.load(tmp_path / "run"), SyntheticSet)
+
+
+def test_experts_may_be_given_as_an_object(run: Path) -> None:
+    data, experts = digits(), Trajectories.open(run / "experts")
+    student = build_model(Recipe.parse(FTD).student.model, num_classes=10, input_shape=(1, 8, 8), seed=3)
+    method = method_file.FTD(**{k: v for k, v in FTD["method"].items() if k != "name"})
+    made = distill(teacher=experts, student=student, data=(data.train, data.test), method=method, train={"steps": 2, "batch_size": 8}).student
+    assert isinstance(made, SyntheticSet)
+
+
 def test_whitened_data_are_whitened_in_the_artefact_too(tmp_path: Path) -> None:
     values = recipe(data={**FTD["data"], "whiten": True}, evaluate={"networks": 1, "training": {"steps": 5}, "baselines": []})
     distill(Recipe.parse(values), run=tmp_path / "run")
     made = limbeck.load(tmp_path / "run")
     assert isinstance(made, SyntheticSet)
     assert made.whitened
-    pixels = made.to_pixels(made.images)
-    assert float(pixels.min()) >= 0
-    torch.testing.assert_close(made.prepare(torch.full((1, 1, 8, 8), 0.5)).shape, made.images[:1].shape)
+    prepared = prepare(Recipe.parse(values).data, 0)
+    raw = prepared.test.fetch(torch.arange(5))[0]
+    pixels = raw.float() / (255 if raw.dtype == torch.uint8 else 1)
+    torch.testing.assert_close(made.prepare(pixels), prepared.test.prepare(raw), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.to_pixels(prepared.test.prepare(raw)), pixels, rtol=1e-3, atol=1e-3)

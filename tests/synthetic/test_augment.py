@@ -198,5 +198,8 @@ def test_wrong_images_and_counts_are_refused() -> None:
     for x in (images(4), images()[0], images().to(torch.int64)):
         with pytest.raises(InputError):
             apply(x, drawn)
+    for x in (images()[:, 0, 0], images()[0], torch.tensor(1.0), images().to(torch.int64)):
+        with pytest.raises(InputError, match="float images"):
+            dsa(x, DSASpec(), seeds.generator(0))
     with pytest.raises(InputError):
         draw(DSASpec(), 0, 8, 8, seeds.generator(0))

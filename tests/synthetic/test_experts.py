@@ -1,14 +1,20 @@
 """Training experts: the objective, independence, resuming, refusing."""
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 
 import pytest
+import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from limbeck.errors import InputError
 from limbeck.files import write_atomic
+from limbeck.lock import locked
 from limbeck.models.convnet import convnet
 from limbeck.seeds import derive, generator
 from limbeck.synthetic import experts as module
@@ -48,7 +54,7 @@ def trained(folder, spec: ExpertSpec = SMALL, seed: int = 5, **other) -> Traject
 
 
 def contents(folder) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
 
 
 # ---- the objective -----------------------------------------------------------------------------------------------------
@@ -277,7 +283,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, monkeypatch,
             trained(folder, spec)
         acts = total  # nothing is fatal any more
         trained(folder, spec)
-        assert {name: digest for name, digest in contents(folder).items() if not name.startswith(".")} == whole
+        assert contents(folder) == whole
 
 
 def test_it_goes_on_and_does_not_start_afresh(tmp_path, monkeypatch) -> None:
@@ -320,6 +326,145 @@ def test_a_larger_count_trains_the_missing_ones_alone(tmp_path) -> None:
     assert trained(tmp_path / "a").count == 2
 
 
+# ---- two processes, damage ---------------------------------------------------------------------------------------------
+
+
+def interrupted(monkeypatch, folder, at: int, meanwhile) -> None:
+    """Training that `meanwhile` breaks in upon after epoch `at` of the first group."""
+    keep = module._Training._keep
+
+    def kept(self, group) -> None:
+        keep(self, group)
+        if group.epoch == at and group.experts[0] == 0:
+            with monkeypatch.context() as patch:
+                patch.setattr(module._Training, "_keep", keep)
+                meanwhile()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Training, "_keep", kept)
+        trained(folder)
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_second_process_is_refused_while_one_trains(tmp_path, monkeypatch, at: int) -> None:
+    """The lock belongs to the open file, so that a second call within the process is like one in another."""
+    whole = trained(tmp_path / "whole")
+    refused = []
+
+    def second() -> None:
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()} ") as caught:
+            trained(tmp_path / "a")
+        refused.append(caught.value)
+
+    interrupted(monkeypatch, tmp_path / "a", at, second)
+    (error,) = refused
+    assert error.where == str(tmp_path / "a")
+    assert "experts" in str(error)
+    assert contents(tmp_path / "a") == contents(whole.folder)
+
+
+def test_another_process_is_refused_too(tmp_path) -> None:
+    script = "import pathlib, sys; from limbeck.lock import locked\nwith locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "a")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"the folder of experts is in use by process {process.pid} "):
+            trained(tmp_path / "a")
+    finally:
+        process.communicate()
+    assert trained(tmp_path / "a").count == 2
+
+
+def test_whole_experts_are_opened_while_another_process_holds_the_folder(tmp_path) -> None:
+    trained(tmp_path / "a")
+    with locked(tmp_path / "a"):
+        assert trained(tmp_path / "a").count == 2
+        with pytest.raises(InputError, match="in use"):
+            trained(tmp_path / "a", SMALL.model_copy(update={"count": 3}))
+
+
+def removed(folder) -> None:
+    (folder / "expert-00000.part").unlink()
+
+
+def shortened(folder) -> None:
+    path = folder / "expert-00000.part"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize("spoil", [removed, shortened])
+def test_snapshots_that_go_in_the_middle_leave_no_holes(tmp_path, monkeypatch, spoil) -> None:
+    with pytest.raises(InputError, match="weights of expert 0 after epoch 1 are gone") as caught:
+        interrupted(monkeypatch, tmp_path / "a", 1, lambda: spoil(tmp_path / "a"))
+    assert caught.value.where.endswith("expert-00000.part")
+
+
+@pytest.mark.parametrize("spoil", [removed, shortened])
+def test_snapshots_that_went_after_the_last_epoch(tmp_path, monkeypatch, spoil) -> None:
+    with pytest.raises(InputError, match="after epoch 3 are gone"):
+        interrupted(monkeypatch, tmp_path / "a", 3, lambda: spoil(tmp_path / "a"))
+    assert not (tmp_path / "a" / "expert-00000.f32").exists()
+
+
+def state(content: bytes):
+    return lambda folder: (folder / "group.safetensors").write_bytes(content)
+
+
+def of_another_network(folder) -> None:
+    facts = {"facts": json.dumps({"experts": [0], "epoch": 2, "losses": [[1.0, 1.0]]})}
+    state(safetensors.torch.save({"momentum": torch.zeros(1, 3)}, facts))(folder)
+
+
+def with_other_facts(folder) -> None:
+    state(safetensors.torch.save({"momentum": torch.zeros(1, 3)}, {"facts": "{}"}))(folder)
+
+
+@pytest.mark.parametrize("spoil", [removed, shortened, state(b""), state(b"\xff" * 40), state(b"\2\0\0\0\0\0\0\0{}"), of_another_network, with_other_facts])
+def test_a_damaged_folder_is_told_and_what_is_proposed_mends_it(tmp_path, monkeypatch, spoil) -> None:
+    whole = trained(tmp_path / "whole")
+
+    def kill() -> None:
+        raise _Killed
+
+    with pytest.raises(_Killed):
+        interrupted(monkeypatch, tmp_path / "a", 2, kill)
+    spoil(tmp_path / "a")
+    with pytest.raises(InputError, match="begin again") as caught:
+        trained(tmp_path / "a")
+    assert "Remove" in caught.value.fix
+    assert str(tmp_path / "a" / "group.safetensors") in str(caught.value)
+    (tmp_path / "a" / "group.safetensors").unlink()
+    trained(tmp_path / "a")
+    assert contents(tmp_path / "a") == contents(whole.folder)
+
+
+def test_a_whole_expert_that_is_damaged_is_found_when_the_folder_is_opened(tmp_path) -> None:
+    trained(tmp_path / "a")
+    path = tmp_path / "a" / "expert-00001.f32"
+    content = bytearray(path.read_bytes())
+    content[41] ^= 1
+    path.write_bytes(content)
+    for count in (2, 3):  # before anything is trained
+        with pytest.raises(InputError, match="expert 1 is damaged"):
+            trained(tmp_path / "a", SMALL.model_copy(update={"count": count}))
+    assert sorted(contents(tmp_path / "a")) == ["expert-00000.f32", "expert-00001.f32", MANIFEST]
+    assert trained(tmp_path / "a", SMALL.model_copy(update={"count": 1})).count == 1
+    path.unlink()
+    with pytest.raises(InputError, match="expert 1 is missing"):
+        trained(tmp_path / "a", SMALL.model_copy(update={"count": 3}))
+
+
+def test_a_network_that_draws_in_its_forward_is_refused(tmp_path) -> None:
+    class Drops(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+    x, y = data()
+    with pytest.raises(InputError, match="two answers"):
+        train_experts(SMALL, lambda seed: Drops(*network(seed)), x, y, CLASSES, tmp_path / "a", seed=0, identity={})
+    assert not (tmp_path / "a").exists()
+
+
 # ---- refusing ----------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +484,9 @@ def test_a_folder_of_another_identity_is_refused(tmp_path) -> None:
     with pytest.raises(InputError) as caught:
         train_experts(SMALL, network, inputs + 1, labels, CLASSES, tmp_path / "a", seed=5, identity={"data": "blobs"})
     assert caught.value.where.endswith("data.sha256")
+    with pytest.raises(InputError, match=r"the experts were made with .*this run has") as caught:
+        train_experts(SMALL, lambda of: network(of + 1), inputs, labels, CLASSES, tmp_path / "a", seed=5, identity={"data": "blobs"})
+    assert caught.value.where.endswith("network.first_weights")  # the same shapes, other first weights
     (tmp_path / "full").mkdir()
     write_atomic(tmp_path / "full" / "letter.txt", "mine")
     with pytest.raises(InputError, match="not empty"):

@@ -108,6 +108,47 @@ def test_modules_that_are_no_function_of_weights_and_inputs_are_refused(module: 
         FlatNetwork(module)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_spectral_norm_is_refused(norm) -> None:
+    with pytest.raises(InputError, match=r"network\.1.*spectral norm"):
+        FlatNetwork(nn.Sequential(nn.Linear(2, 2), norm(nn.Linear(2, 3))))
+
+
+class Odd(nn.Module):
+    """A linear layer whose calls have a side: drops, counts, or neither."""
+
+    def __init__(self, side: str) -> None:
+        super().__init__()
+        self.layer, self.side = nn.Linear(3, 2), side
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.side == "counts":
+            self.calls += 1
+        elif self.side == "renews":
+            self.calls = self.calls + 1
+        return nn.functional.dropout(self.layer(x), 0.5, self.training and self.side == "drops")
+
+
+@pytest.mark.parametrize(("side", "words"), [("drops", "two answers"), ("counts", "buffer 'calls'"), ("renews", "buffer 'calls'")])
+def test_two_calls_tell_what_a_forward_does(side: str, words: str) -> None:
+    net, x = FlatNetwork(Odd(side)), torch.ones(4, 3)
+    before = torch.random.get_rng_state()
+    with pytest.raises(InputError, match=words):
+        net.check(x)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert net.module.calls == 0
+
+
+def test_functions_pass_the_check() -> None:
+    for module, x in (
+        (Odd("none"), torch.ones(4, 3)),
+        (small().float(), torch.ones(2, 2, 8, 8)),
+        (nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), torch.eye(3)),
+    ):
+        FlatNetwork(module).check(x)
+
+
 def test_harmless_relatives_are_let_in() -> None:
     class Distance(nn.Module):
         p = 2.0  # the order of a norm

@@ -4,6 +4,7 @@ import copy
 import math
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -11,9 +12,12 @@ from torch.utils.data import DataLoader
 
 from limbeck import export, load, models
 from limbeck.components import Component
-from limbeck.contract import Artefact
+from limbeck.contract import Artefact, OptimiserSpec
 from limbeck.data import ArrayData, subset, whiten
 from limbeck.errors import InputError
+from limbeck.evaluate.synthetic_sets import SetTraining, chosen_rate
+from limbeck.export.hub import export_hf
+from limbeck.export.onnx import export_onnx
 from limbeck.synthetic.synthetic_set import SyntheticSet, synthetic_set
 
 
@@ -49,6 +53,7 @@ def test_a_hard_set_copies_what_it_is_made_of() -> None:
     torch.testing.assert_close(x, drawn(0, 6, 1, 4, 4))
     assert y.tolist() == [0, 1, 2, 0, 1, 2]
     assert float(found.step_size.detach()) == pytest.approx(0.05)
+    assert found.learned_step_size == pytest.approx(0.05)
     assert {name for name, p in found.named_parameters() if p.requires_grad} == {"images", "patterns", "step_size"}
 
 
@@ -98,6 +103,19 @@ def test_relabelled_sets_have_a_label_a_sample() -> None:
     assert soft.images.data_ptr() != found.images.data_ptr()
     with pytest.raises(InputError, match="18 samples"):
         found.relabelled(targets[:6])
+
+
+def test_a_set_without_a_step_size_says_so() -> None:
+    images, labels = drawn(0, 6, 1, 4, 4), torch.arange(6) % 3
+    without = [SyntheticSet.hard(images, labels, 3), SyntheticSet.soft(images, drawn(1, 6, 3)), SyntheticSet.vectors(images, drawn(1, 6, 7)), compensated()[0]]
+    for found in (*without, compensated()[0].relabelled(drawn(4, 18, 3))):
+        assert found.learned_step_size is None
+        assert not found.arguments["learns_step_size"]
+        assert synthetic_set(**found.arguments).learned_step_size is None
+    found = SyntheticSet.hard(images, labels, 3, step_size=0.01)  # as large as what others hold without meaning it
+    for made in (found, found.relabelled(drawn(4, 6, 3)), synthetic_set(**found.arguments)):
+        assert made.learned_step_size == pytest.approx(0.01)
+    assert chosen_rate(SetTraining(optimiser=OptimiserSpec(lr=0.3)), without[0].learned_step_size) == 0.3
 
 
 # ---- a data set -----------------------------------------------------------------------------------------------------------------
@@ -172,6 +190,7 @@ def test_to_disk_and_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
     again = load(folder)
     assert isinstance(again, SyntheticSet)
     assert again.arguments == made.arguments
+    assert again.learned_step_size == made.learned_step_size
     state = again.state_dict()
     assert state.keys() == made.state_dict().keys()
     for name, tensor in made.state_dict().items():
@@ -180,6 +199,45 @@ def test_to_disk_and_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
     for a, b in zip(again.expanded(), made.expanded(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(copy.deepcopy(made).images, made.images)
+
+
+def saved(folder: Path, made: SyntheticSet) -> Path:
+    return export.save(
+        Artefact("dataset", made), folder, model=Component(name="synthetic_set", args=made.arguments), num_classes=made.num_classes,
+        input_shape=made.input_shape, preprocess={}, classes=(), extra={},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 4, 4), (2, 4, 4), (5,)])
+def test_a_set_of_pictures_is_saved_with_a_picture(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    made = SyntheticSet.hard(drawn(0, 6, *shape), torch.arange(6) % 3, 3)
+    for _ in range(2):  # an earlier one is replaced
+        folder = saved(tmp_path / "set", made)
+    pictures = ["images.png"] if shape[0] in (1, 3) else []
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", *pictures, "model.safetensors"]
+    assert torch.equal(load(folder).images, made.images)
+    copied = export.export(folder, "safetensors", tmp_path / "copy")
+    assert sorted(path.name for path in copied.path.iterdir()) == ["config.json", *pictures, "model.safetensors"]
+    if pictures:
+        with Image.open(copied.path / "images.png") as opened:
+            assert torch.equal(torch.from_numpy(numpy.array(opened)), made.grid())
+        (folder / "images.png").unlink()  # nobody needs it
+        assert torch.equal(load(folder).images, made.images)
+        export.export(folder, "safetensors", tmp_path / "copy")
+    with torch.no_grad():
+        made.images.fill_(math.nan)
+    assert load(saved(tmp_path / "set", made)).images.isnan().all()
+
+
+@pytest.mark.parametrize("to", ["onnx", "hf", "diffusers"])
+def test_a_set_is_exported_to_no_networks_format(tmp_path: Path, to: str) -> None:
+    folder = saved(tmp_path / "run" / "artefact", SyntheticSet.hard(drawn(0, 6, 1, 4, 4), torch.arange(6) % 3, 3))
+    with pytest.raises(InputError, match=r"a data set is no network.*limbeck\.load"):
+        export.export(tmp_path / "run", to)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["artefact"]
+    for direct in (lambda: export_hf(load(folder), tmp_path / "x"), lambda: export_onnx(load(folder), (1, 4, 4), tmp_path / "x.onnx")):
+        with pytest.raises(InputError, match="no network"):
+            direct()
 
 
 # ---- bytes and pictures ------------------------------------------------------------------------------------------------------------

@@ -38,10 +38,10 @@ class Mixture:
     classes_K: [K] int64, the class of each component; None where the points have no labels.
     """
 
-    means_KD: Tensor  # noqa: N815
+    means_KD: Tensor
     std: float
-    weights_K: Tensor  # noqa: N815
-    classes_K: Tensor | None = None  # noqa: N815
+    weights_K: Tensor
+    classes_K: Tensor | None = None
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` independent points [count, D] float64 and the component [count] int64 of each, on the CPU."""

@@ -93,8 +93,8 @@ class Intervals:
     times_N: [N] float64, ascending. cumulative_M: [M] float64, the intervals' probabilities summed up, ending at 1.
     """
 
-    times_N: Tensor  # noqa: N815
-    cumulative_M: Tensor  # noqa: N815
+    times_N: Tensor
+    cumulative_M: Tensor
 
     @classmethod
     def of(cls, times_N: Tensor, probabilities_M: Tensor | None = None) -> Intervals:

@@ -66,6 +66,16 @@ class SetTraining(Frozen):
         return self
 
 
+def check_samples(training: SetTraining, input_shape: Sequence[int]) -> None:
+    """Raises InputError: the recipe augments images, and samples of this shape (without the batch axis) are none."""
+    if training.augment is not None and len(input_shape) != 3:
+        raise InputError(f"samples of shape {list(input_shape)} are no images, which DSA is for.", where="training.augment", fix="Set it to null.")
+    spec = training.transform
+    if spec is not None and (spec.crop or spec.flip or spec.cutout) and len(input_shape) != 3:
+        what = f"samples of shape {list(input_shape)} are no images, which crop, flip and cutout are for."
+        raise InputError(what, where="training.transform", fix="Leave them out.")
+
+
 # ---- one network ---------------------------------------------------------------------------------------------------------
 
 
@@ -100,11 +110,12 @@ def train_on(
 
     Args:
         images_N: [N, ...] float32 in network units. targets: [N] int64, or [N, C] (see `SetTraining.soft`). seed: of shuffles, augmentation, mixing, dropout.
-        step_size: the set's learned one. rate: a learning rate that goes before it and before the recipe's.
-        teachers: give the labels of every batch where `training.labels` is "dynamic".
+        step_size: the set's learned one (None: it has none). rate: a learning rate that goes before it and before the recipe's.
+        teachers: give the labels of every batch where `training.labels` is "dynamic"; they are moved to the images' device then, and left alone otherwise.
 
     Raises:
-        InputError: targets do not fit the images or the network, a rate is not positive, or dynamic labels have no teacher.
+        InputError: targets do not fit the images or the network, a rate is not positive, dynamic labels have no teacher, or samples are no images, which
+            augmentation is for.
     """
     _check(images_N, targets, training, teachers)
     device, count = images_N.device, len(images_N)
@@ -117,7 +128,7 @@ def train_on(
     fixed = training.labels == "static" and not training.mixup  # then the labels of a full batch are the same in every step
     optimiser = build_optimiser((p for p in network.parameters() if p.requires_grad), spec)
     with _dropout(seed, device), ExitStack() as stack:
-        for teacher in teachers:
+        for teacher in teachers if training.labels == "dynamic" else ():
             stack.enter_context(evaluating(teacher.to(device)))
         for step, (epoch, ids_B) in zip(range(steps), _batches(count, batches, generator, device), strict=False):
             if step == drop and training.fresh_momentum:
@@ -331,6 +342,7 @@ def cross_architecture(
 def _check(images_N: Tensor, targets: Tensor, training: SetTraining, teachers: Sequence[nn.Module]) -> None:
     if not images_N.is_floating_point() or len(images_N) == 0 or len(targets) != len(images_N):
         raise InputError(f"there are {len(images_N)} images ({images_N.dtype}) and {len(targets)} targets.", where="targets")
+    check_samples(training, images_N.shape[1:])
     if targets.device != images_N.device:
         raise InputError(f"images are on {images_N.device}, targets on {targets.device}.", where="targets")
     if training.labels == "dynamic" and not teachers:

@@ -8,7 +8,7 @@ from torch import nn
 
 from limbeck.errors import InputError, suggestion
 from limbeck.export import hub
-from limbeck.export.folder import Exported, artefact_folder, copy_folder, load, read_config, save
+from limbeck.export.folder import Exported, artefact_folder, copy_folder, load, must_be_a_network, read_config, save
 from limbeck.export.onnx import export_onnx
 
 FORMATS = {
@@ -32,7 +32,7 @@ def export(path: Path | str, to: str, output: Path | str | None = None, *, model
         Path and bytes; for 'onnx' an `OnnxReport`, with the largest difference between onnxruntime and the module.
 
     Raises:
-        InputError: the format is unknown, the artefact cannot be loaded, or `output` holds something else.
+        InputError: the format is unknown, the artefact cannot be loaded or is a data set (which 'safetensors' alone takes), or `output` holds something else.
         LimbeckError: the module cannot be exported. MissingExtra: the format's packages are not installed.
     """
     if to not in FORMATS:
@@ -43,6 +43,7 @@ def export(path: Path | str, to: str, output: Path | str | None = None, *, model
     if to == "safetensors":
         return copy_folder(source, output)
     module = load(source, model=model, trust_imports=trust_imports)
+    must_be_a_network(module)
     if to == "hf":
         return hub.export_folder(module, source, output)
     if to == "diffusers":

@@ -28,8 +28,9 @@ from limbeck.components import Component
 from limbeck.contract import Artefact, Frozen, validated
 from limbeck.errors import InputError
 from limbeck.export import rebuild
+from limbeck.synthetic.synthetic_set import SyntheticSet
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, PICTURES = "model.safetensors", "config.json", "images.png"
 FORMAT, VERSION = "limbeck-artefact", 1
 
 
@@ -89,7 +90,7 @@ def save(
     classes: Sequence[str],
     extra: Mapping[str, Any],
 ) -> Path:
-    """Write an artefact as a folder; a kill at any moment leaves the old folder or the new one.
+    """Write an artefact as a folder; a kill at any moment leaves the old folder or the new one. A data set of pictures gets images.png too, to be looked at.
 
     Args:
         model: how `limbeck.models.build_model` builds the module again; None for a person's own module.
@@ -120,6 +121,8 @@ def save(
     def write(target: Path) -> None:
         (target / WEIGHTS).write_bytes(content)
         (target / CONFIG).write_text(json.dumps(config.model_dump(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if isinstance(artefact.module, SyntheticSet) and artefact.module.shows:
+            artefact.module.save_png(target / PICTURES)
 
     return replace_folder(folder, write)
 
@@ -151,13 +154,21 @@ def load(path: Path | str, *, model: nn.Module | None = None, trust_imports: boo
     return module.eval()
 
 
+def must_be_a_network(module: nn.Module) -> None:
+    """Raises InputError: it is a data set, which other formats have no place for."""
+    if isinstance(module, SyntheticSet):
+        what = f"a data set is no network: its folder holds safetensors, and {PICTURES} where its samples are pictures."
+        raise InputError(what, where="--to", fix="Load it with limbeck.load, or copy the folder with --to safetensors.")
+
+
 def copy_folder(source: Path, output: Path | str) -> Exported:
     """A checked copy of an artefact folder. Raises InputError as `load` and `replace_folder` do."""
     _check_weights(source, read_config(source))
 
     def write(target: Path) -> None:
-        for name in (WEIGHTS, CONFIG):
-            shutil.copyfile(source / name, target / name)
+        for name in (WEIGHTS, CONFIG, PICTURES):
+            if name != PICTURES or (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
 
     return Exported.of(replace_folder(output, write))
 

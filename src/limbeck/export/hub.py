@@ -20,7 +20,7 @@ from torch import nn
 import limbeck
 from limbeck.components import Component
 from limbeck.contract import Artefact
-from limbeck.export.folder import CONFIG, WEIGHTS, Exported, read_config, replace_folder, save
+from limbeck.export.folder import CONFIG, WEIGHTS, Exported, must_be_a_network, read_config, replace_folder, save
 from limbeck.files import write_atomic
 
 CARD = "README.md"
@@ -46,9 +46,10 @@ def export_hf(item: nn.Module | Artefact, folder: Path | str) -> Exported:
     What `limbeck.load` or the run knows about it is read from the module's `limbeck_config`, where it has one.
 
     Raises:
-        InputError: the folder holds something other than a saved model.
+        InputError: the folder holds something other than a saved model, or the module is a data set.
     """
     module = item.module if isinstance(item, Artefact) else item
+    must_be_a_network(module)
     known: dict[str, Any] = getattr(module, "limbeck_config", {})
     inner = _transformers_model(module)
     if inner is not None:

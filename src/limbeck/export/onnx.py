@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from limbeck import seeds
 from limbeck.errors import InputError, LimbeckError, MissingExtra
-from limbeck.export.folder import Exported
+from limbeck.export.folder import Exported, must_be_a_network
 from limbeck.files import sync_folder
 
 BATCH_SIZES = (1, 3, 8)
@@ -60,9 +60,11 @@ def export_onnx(
         classes, preprocess: kept as JSON in the file's metadata.
 
     Raises:
+        InputError: the module is a data set, or the path a folder.
         LimbeckError: the module cannot be exported, or the outputs differ by more than 1e-4 of their scale; no file is left.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
     """
+    must_be_a_network(module)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
     path = Path(path)

@@ -34,6 +34,8 @@ class Kind(ABC):
     labels: ClassVar[Mapping[str, str]] = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
     most_repeats: ClassVar[int | None] = None
     """The most timings that are taken of each module; None: as many as the recipe says."""
+    keeps_first: ClassVar[bool] = False
+    """Whether what came out is kept before it is measured, because measuring takes long."""
     trains_alone: ClassVar[bool] = False
     """Whether the student can also be trained without a teacher, for comparison."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 from limbeck import models, seeds
 from limbeck.components import Component
-from limbeck.contract import IGNORE, Batch, Data, Method, Teacher
+from limbeck.contract import IGNORE, Batch, Data, Method
 from limbeck.data import AugmentSpec
 from limbeck.errors import InputError
 from limbeck.evaluate.predict import device_of
-from limbeck.evaluate.robust_scores import hard_label_recovery, improvement_over_random, label_robust_score
+from limbeck.evaluate.robust_scores import hard_label_recovery, improvement_over_random, label_robustness
 from limbeck.evaluate.synthetic_sets import Evaluation, Evaluator, SetTraining
 from limbeck.evaluate.transfer import Task, TransferSpec, few_labels, held_out_loss, pretrain, transfer
 from limbeck.ingredients import Prepared, all_inputs, fits, prepare
@@ -28,6 +29,7 @@ from limbeck.report.samples import image_grid
 from limbeck.report.summary import Outcome, Picture
 from limbeck.synthetic.selection import kmeans_per_class, random_per_class
 from limbeck.synthetic.synthetic_set import SyntheticSet
+from limbeck.synthetic.trajectories import Trajectories
 from limbeck.teachers import as_teacher
 from limbeck.train import TrainConfig
 
@@ -48,12 +50,15 @@ class Reference:
     teacher: Any
     real_bytes: int
     measured: dict[str, Evaluation] = field(default_factory=dict)
+    networks: dict[str, Any] = field(default_factory=dict)
+    """Of every arm's first seed the accuracy and the seed of each network."""
 
 
 class DatasetKind(Kind):
     """Accuracy of K fresh networks at their last epoch, with random, k-means and all real images beside, robust scores, other architectures, bytes."""
 
     name = "dataset"
+    keeps_first = True
     labels = {"teacher": LABELS["full"], "alone": LABELS["random"], "distilled": "distilled"}  # noqa: RUF012
 
     def headline(self, prepared: Prepared) -> tuple[str, ...]:
@@ -68,9 +73,29 @@ class DatasetKind(Kind):
             raise InputError("images that are mixed have no class.", where="data.augment", fix="Leave out mixup and cutmix.")
         if not self.method.takes_augmented and augment != AugmentSpec():
             raise InputError("the method knows the teacher's answers to plain images alone.", where="data.augment", fix="Leave it out.")
+        if train.ema is not None:
+            raise InputError("a data set has no average of weights.", where="train.ema", fix="Leave it out; ftd averages its images by method.image_ema.")
         if self.evaluate.search_rate and prepared.validation is None:
             raise InputError("a learning rate is chosen on validation data.", where="evaluate.search_rate", fix="Set data.validation, or leave it out.")
         self._measurable(prepared)
+        self._judgeable(prepared)
+
+    def _judgeable(self, prepared: Prepared) -> None:
+        """Raise InputError for what would stop the judging, which comes after all the work."""
+        training, example = self.training, self.example(prepared)
+        for name, found in (("training", training), ("full_training", self.evaluate.full_training)):
+            if found is not None and found.augment is not None and example.dim() != 4:
+                raise InputError("DSA is for images.", where=f"evaluate.{name}.augment", fix="Leave it out.")
+            if found is not None and found.labels == "dynamic" and self.method.needs_experts:
+                raise InputError("dynamic labels are a teacher's answers, and there is none.", where=f"evaluate.{name}.labels", fix="Use static.")
+        for number, component in enumerate(self.evaluate.architectures):
+            where = f"evaluate.architectures.{number}"
+            try:
+                network = models.build_model(component, num_classes=prepared.num_classes, input_shape=prepared.input_shape, seed=0)
+            except InputError as error:
+                raise error.at(where) from error
+            if tuple(_outputs(network, example, where).shape) != (1, prepared.num_classes):
+                raise InputError(f"it does not give {prepared.num_classes} logits.", where=where)
 
     def _measurable(self, prepared: Prepared) -> None:
         targets = prepared.test.targets
@@ -79,6 +104,8 @@ class DatasetKind(Kind):
 
     def fits(self, module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:
         """The student gives one logit a class; a teacher may give vectors instead."""
+        if not isinstance(module, nn.Module):
+            return  # experts that were given as an object: the method looks at them
         if where.startswith("student"):
             fits(module, example, prepared, where)
             return
@@ -86,8 +113,10 @@ class DatasetKind(Kind):
         if out.dim() != 2 or len(out) != len(example):
             raise InputError(f"the teacher gives outputs of shape {list(out.shape[1:])}.", where=f"{where}.model", fix="It must return [batch, numbers].")
 
-    def teacher(self, members: Sequence[nn.Module]) -> Teacher:
-        """One network, or several: classifiers, or what gives vectors."""
+    def teacher(self, members: Sequence[Any]) -> Any:
+        """One network, or several: classifiers, or what gives vectors; or experts, given as an object."""
+        if len(members) == 1 and isinstance(members[0], Trajectories):
+            return members[0]
         return as_teacher(members[0] if len(members) == 1 else list(members))
 
     def reference(self, teacher: Any, prepared: Prepared, place: Path | None) -> Reference:
@@ -128,24 +157,36 @@ class DatasetKind(Kind):
             raise InputError(f"{type(module).__name__} is no data set.", where="student")
         if module.labels == "vectors":
             return self._of_pairs(seed, module, prepared, reference)
-        images, targets = module.expanded()
-        images, targets = images.detach().cpu(), targets.detach().cpu()
+        images, targets = (tensor.detach() for tensor in module.expanded())
         if not bool(images.isfinite().all()):
             return Outcome(seed, nonfinite=int((~images.isfinite().flatten(1).all(1)).sum()), measures={"accuracy": None})
         began = time.perf_counter()
         step_size = float(module.step_size.detach())
         found = self.evaluator(prepared, reference, seed).evaluate(images, targets, step_size=step_size, teachers=self._teachers(reference))
+        reference.networks.setdefault("distilled", {"accuracies": found.accuracies, "seeds": found.seeds})
         measures = _measures(found) | {"evaluation_seconds": time.perf_counter() - began}
         size = _size(module)
         per_class = (len(module.images) + len(module.patterns)) / prepared.num_classes
         measures |= {"bytes": float(size), "compression": size / reference.real_bytes, "images_per_class": per_class}
         measures |= self._robust(seed, found, prepared, reference, module)
-        measures |= self._across(seed, images, targets, step_size, prepared, reference, found)
+        measures |= self._across(seed, images, targets, prepared, reference, found, module)
         return Outcome(seed, measures=measures)
+
+    def _fits_data(self, made: SyntheticSet, prepared: Prepared) -> None:
+        """Raise InputError where a set was made of other data than those it is to be judged on: another shape, other classes, other normalisation."""
+        if made.input_shape != tuple(prepared.input_shape) or (made.labels != "vectors" and made.num_classes != prepared.num_classes):
+            what = f"the set has images of shape {list(made.input_shape)} and {made.num_classes} classes, the data {list(prepared.input_shape)} and"
+            raise InputError(f"{what} {prepared.num_classes}.", where="data", fix="Judge it on data like those it was made of.")
+        like = SyntheticSet.hard(self.example(prepared), torch.zeros(1, dtype=torch.int64), prepared.num_classes, data=prepared.train)
+        same = made.whitened == like.whitened
+        for name in ("mean", "std", "zca_mean", "zca_matrix") if same else ():
+            same = same and torch.allclose(getattr(made, name).cpu(), getattr(like, name), rtol=1e-3, atol=1e-3)
+        if not same:
+            raise InputError("the set's images are normalised or whitened otherwise than these data.", where="data", fix="Use the data of its recipe.")
 
     def _of_pairs(self, seed: int, made: SyntheticSet, prepared: Prepared, reference: Reference) -> Outcome:
         """Of images with vectors: networks pre-trained on them, then tuned to labels; and the ridge loss on the test images (arXiv 2310.06511)."""
-        pairs = (made.images.detach().cpu(), made.targets.detach().cpu())
+        pairs = (made.images.detach(), made.targets.detach())
         began = time.perf_counter()
         measures = self._transferred(seed, pairs, prepared)
         measures |= {"ridge_loss": self._ridge_loss(seed, pairs, prepared, reference), "evaluation_seconds": time.perf_counter() - began}
@@ -189,7 +230,7 @@ class DatasetKind(Kind):
             network = self.fresh(prepared, seeds.derive(seed, "ridge", k))
             pretrain(network, *pairs, spec.pretraining, seeds.derive(seed, "ridge", k) % 2**31)
             networks.append(network.eval())
-        inputs = reference.test_inputs[:HELD_OUT]
+        inputs = reference.test_inputs[:HELD_OUT].to(pairs[0].device)
         with torch.no_grad():
             answers = reference.teacher.logits(Batch(inputs))
         return held_out_loss(pairs, inputs, answers, networks)
@@ -205,29 +246,47 @@ class DatasetKind(Kind):
         random, full = self.baseline("random", seed, prepared, reference, made), self.baseline("full", seed, prepared, reference, made)
         hard = found if made.labels == "hard" else self._hard(seed, made, prepared, reference)
         ior, hlr = improvement_over_random(found.mean, random.mean), hard_label_recovery(full.mean, hard.mean)
-        return {"improvement_over_random": ior, "hard_label_recovery": hlr, "label_robust_score": label_robust_score(ior, hlr)}
+        score = label_robustness(full.accuracies, hard.accuracies, found.accuracies, random.accuracies)
+        return {
+            "improvement_over_random": ior, "hard_label_recovery": hlr,
+            "label_robust_score": score.value, "label_robust_low": score.low, "label_robust_high": score.high,
+        }  # fmt: skip
 
     def _hard(self, seed: int, made: SyntheticSet, prepared: Prepared, reference: Reference) -> Evaluation:
-        """The same images with the class of each as its label."""
-        images, targets = made.expanded()
-        plain = self.training.model_copy(update={"mixup": 0.0, "labels": "static", "temperature": 1.0})
-        return self.evaluator(prepared, reference, seed, plain).evaluate(images.detach().cpu(), targets.detach().cpu().argmax(1))
+        """The same images with their likeliest class as the label, by the same recipe for hard labels."""
+        images, targets = (tensor.detach() for tensor in made.expanded())
+        return self.evaluator(prepared, reference, seed, _plain(self.training)).evaluate(images, targets.argmax(1), step_size=float(made.step_size.detach()))
 
     def _across(
-        self, seed: int, images: Tensor, targets: Tensor, step_size: float, prepared: Prepared, reference: Reference, own: Evaluation
+        self, seed: int, images: Tensor, targets: Tensor, prepared: Prepared, reference: Reference, own: Evaluation, made: SyntheticSet
     ) -> dict[str, float | None]:
-        """Accuracy of other architectures."""
-        found: dict[str, float | None] = {}
+        """Accuracy of other architectures, each at its own rate and not at the one that was learned with the student; the same of random real images."""
+        teachers, found = self._teachers(reference), dict[str, float | None]()
+        beside = "random" in self.evaluate.baselines
+        real, real_targets = self._real("random", seed, made, prepared, reference) if beside else (images, targets)
+        theirs = []
         for number, component in enumerate(self.evaluate.architectures):
             try:
                 evaluator = self.evaluator(prepared, reference, seed, model=component)
-                made = evaluator.evaluate(images, targets, step_size=step_size, teachers=self._teachers(reference))
+                name = f"cross/{component.name or component.target}"
+                name = name if name not in found else f"{name} ({number + 1})"
+                found[name] = evaluator.evaluate(images, targets, teachers=teachers, rate=self._rate(evaluator, images, targets, prepared, reference)).mean
+                if beside:
+                    rate = self._rate(evaluator, real, real_targets, prepared, reference)
+                    theirs.append(evaluator.evaluate(real, real_targets, teachers=teachers, rate=rate).mean)
             except InputError as error:
                 raise error.at(f"evaluate.architectures.{number}") from error
-            found[f"cross/{component.name or component.target}"] = made.mean
         if found:
             found["cross_drop"] = own.mean - statistics.fmean(value for value in found.values() if value is not None)
+        if theirs:
+            found["random_cross_drop"] = self.baseline("random", seed, prepared, reference, made).mean - statistics.fmean(theirs)
         return found
+
+    def _rate(self, evaluator: Evaluator, images: Tensor, targets: Tensor, prepared: Prepared, reference: Reference) -> float | None:
+        """The rate that is best on validation data, where the recipe asks for it."""
+        if not self.evaluate.search_rate or prepared.validation is None or prepared.validation.targets is None:
+            return None
+        return evaluator.search_rate(images, targets, all_inputs(prepared.validation), prepared.validation.targets, teachers=self._teachers(reference))
 
     # ---- real images beside ---------------------------------------------------------------------------------------
 
@@ -236,28 +295,33 @@ class DatasetKind(Kind):
         per_class = _budget(made, prepared)
         key = f"{name} {seed if name != 'full' else 0} {per_class}"
         if key not in reference.measured:
-            reference.measured[key] = self._baseline(name, 0 if name == "full" else seed, per_class, prepared, reference, made)
+            found = reference.measured[key] = self._baseline(name, 0 if name == "full" else seed, prepared, reference, made)
+            reference.networks.setdefault(name, {"accuracies": found.accuracies, "seeds": found.seeds})
         return reference.measured[key]
 
-    def _baseline(self, name: str, seed: int, per_class: int, prepared: Prepared, reference: Reference, made: SyntheticSet) -> Evaluation:
-        labels = prepared.train.targets
-        assert labels is not None
+    def _baseline(self, name: str, seed: int, prepared: Prepared, reference: Reference, made: SyntheticSet) -> Evaluation:
         if name == "full":
-            training = self.evaluate.full_training or self.training
-            return self.evaluator(prepared, reference, seed, training).evaluate(all_inputs(prepared.train), labels)
+            labels = prepared.train.targets
+            assert labels is not None
+            training = self.evaluate.full_training or _plain(self.training)
+            device = made.images.device
+            return self.evaluator(prepared, reference, seed, training).evaluate(all_inputs(prepared.train).to(device), labels.to(device))
+        images, targets = self._real(name, seed, made, prepared, reference)
+        evaluator = self.evaluator(prepared, reference, seed, _as_long(self.training, len(made)))
+        rate = self._rate(evaluator, images, targets, prepared, reference)
+        return evaluator.evaluate(images, targets, teachers=self._teachers(reference), rate=rate)
+
+    def _real(self, name: str, seed: int, made: SyntheticSet, prepared: Prepared, reference: Reference) -> tuple[Tensor, Tensor]:
+        """As many real images a class as the set has bytes for, drawn or nearest to centres, with labels of its kind."""
+        labels, per_class = prepared.train.targets, _budget(made, prepared)
+        assert labels is not None
         if name == "random":
             which = random_per_class(labels, per_class, seeds.generator(seed, "random baseline"))
         else:
-            inputs = all_inputs(prepared.train)
-            which = kmeans_per_class(inputs.flatten(1), labels, per_class, seeds.derive(seed, "k-means baseline") % 2**31)
-        images = prepared.train.prepare(prepared.train.fetch(which)[0])
-        targets = labels[which] if made.labels == "hard" else self._labelled(images, reference)
-        evaluator = self.evaluator(prepared, reference, seed)
-        rate = None
-        if self.evaluate.search_rate and prepared.validation is not None:
-            assert prepared.validation.targets is not None
-            rate = evaluator.search_rate(images, targets, all_inputs(prepared.validation), prepared.validation.targets)
-        return evaluator.evaluate(images, targets, teachers=self._teachers(reference), rate=rate)
+            which = kmeans_per_class(all_inputs(prepared.train).flatten(1), labels, per_class, seeds.derive(seed, "k-means baseline") % 2**31)
+        device = made.images.device
+        images = prepared.train.prepare(prepared.train.fetch(which)[0]).to(device)
+        return images, labels[which].to(device) if made.labels == "hard" else self._labelled(images, reference)
 
     @torch.no_grad()
     def _labelled(self, images: Tensor, reference: Reference) -> Tensor:
@@ -287,7 +351,7 @@ class DatasetKind(Kind):
         found, count = [], len(student.images)
         if "random" in self.evaluate.baselines and reference.teacher is not None:
             which = torch.randperm(len(prepared.train), generator=seeds.generator(seed, "random baseline"))[:count]
-            images = prepared.train.prepare(prepared.train.fetch(which)[0])
+            images = prepared.train.prepare(prepared.train.fetch(which)[0]).to(student.images.device)
             with torch.no_grad():
                 made = SyntheticSet.vectors(images, reference.teacher.logits(Batch(images)), num_classes=prepared.num_classes, data=prepared.train)
             found.append(Measured("alone", "random real images, the teacher's answers", self._of_pairs(seed, made, prepared, reference)))
@@ -309,18 +373,23 @@ class DatasetKind(Kind):
         """The images, class by class."""
         if not isinstance(student, SyntheticSet) or student.images.dim() != 4 or student.images.shape[1] not in (1, 3):
             return ()
-        classes = prepared.num_classes
-        per_class = max(len(student) // classes, 1)
-        order = torch.arange(len(student))
-        rows = max(1, min(per_class, SHOWN // classes))
-        which = order[: classes * per_class].view(classes, per_class)[:, :rows].T.reshape(-1)[:SHOWN] if len(student) >= classes else order[:SHOWN]
-        shown = student.to_pixels(student.images.detach().cpu()[which])
-        columns = min(classes, 20)
-        return (image_grid(shown, columns=columns, caption="One column a class" if columns == classes else "", group="Synthetic images"),)
+        images, targets = (tensor.detach() for tensor in student.expanded())
+        if student.labels == "vectors":
+            return (image_grid(student.to_pixels(images[:SHOWN]).cpu(), columns=10, caption="The images of the pairs", group="Synthetic images"),)
+        classes = (targets if student.labels == "hard" else targets.argmax(1)).cpu()
+        members = [(classes == k).nonzero()[:, 0] for k in range(prepared.num_classes)]
+        rows = max(1, min(min(map(len, members)), SHOWN // prepared.num_classes))
+        columns = min(prepared.num_classes, 20)
+        which = torch.stack([found[:rows] for found in members[:SHOWN]]).T.reshape(-1) if all(map(len, members)) else torch.arange(min(len(images), SHOWN))
+        caption = "One column a class" if columns == prepared.num_classes and all(map(len, members)) else "Classes in turn"
+        return (image_grid(student.to_pixels(images[which.to(images.device)]).cpu(), columns=columns, caption=caption, group="Synthetic images"),)
 
     def facts(self, reference: Reference) -> dict[str, Any]:
         """How sets were judged."""
-        return {"judged": {"networks": self.evaluate.networks, "epoch": "the last", "training": self.training.model_dump(mode="json")}}
+        return {
+            "judged": {"networks": self.evaluate.networks, "epoch": "the last", "training": self.training.model_dump(mode="json")},
+            "networks": reference.networks,
+        }
 
     def metrics(self, outcome: Outcome) -> dict[str, float]:
         """Those that are known."""
@@ -329,6 +398,12 @@ class DatasetKind(Kind):
     def evaluated(self, module: nn.Module, prepared: Prepared) -> dict[str, float]:
         """As the run measured it, with the same fresh networks; real images beside it are not measured again."""
         self._measurable(prepared)
+        if not isinstance(module, SyntheticSet):
+            raise InputError(f"{type(module).__name__} is no data set.", where="artefact")
+        self._fits_data(module, prepared)
+        if self.training.labels == "dynamic":
+            fix = "Add --set evaluate.training.labels=static."
+            raise InputError("dynamic labels are the teachers' answers, which are not loaded here.", where="evaluate.training.labels", fix=fix)
         self.evaluate = self.evaluate.model_copy(update={"baselines": ()})
         return self.metrics(self.outcome(self.seed, module, prepared, self.reference(None, prepared, None)))
 
@@ -353,5 +428,18 @@ def _outputs(module: nn.Module, example: Tensor, where: str) -> Tensor:
         raise InputError(f"it cannot take inputs of shape {list(example.shape[1:])}: {str(error).splitlines()[0]}", where=f"{where}.model") from error
 
 
+def _plain(training: SetTraining) -> SetTraining:
+    """A recipe for soft labels as one for hard labels."""
+    return training.model_copy(update={"mixup": 0.0, "labels": "static", "temperature": 1.0})
+
+
+def _as_long(training: SetTraining, samples: int) -> SetTraining:
+    """The recipe with as many steps as it takes for so many samples: equal work, whatever the number of samples."""
+    steps = training.steps or training.epochs * math.ceil(samples / training.batch_size)
+    return training.model_copy(update={"steps": steps})
+
+
 def _measures(found: Evaluation) -> dict[str, float | None]:
-    return {"accuracy": found.mean, "accuracy_std": found.std, "accuracy_low": found.interval[0], "accuracy_high": found.interval[1]}
+    return {
+        "accuracy": found.mean, "accuracy_std": found.std, "accuracy_low": found.interval[0], "accuracy_high": found.interval[1], "learning_rate": found.rate,
+    }  # fmt: skip

@@ -156,7 +156,9 @@ def _difference(recorded: Any, wanted: Any, path: str) -> tuple[str, Any, Any] |
     return None if same else (path, recorded, wanted)
 
 
-def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], *, partial: bool = False, where: str = "", fix: str = "") -> None:
+def check_identity(
+    recorded: Mapping[str, Any], wanted: Mapping[str, Any], *, partial: bool = False, where: str = "", fix: str = "", subject: str = "the record was"
+) -> None:
     """Raise InputError for the first field in which two identities differ; its `where` is the field's dotted path, its text has both values.
 
     Args:
@@ -165,6 +167,7 @@ def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], *, pa
         partial: compare only the top-level entries that `wanted` has (a reader that knows only the teacher and the data, say).
         where: put in front of the path (a record's address).
         fix: what to do about it, where the default does not fit.
+        subject: what was made, and its verb.
     """
     have, want = plain(dict(recorded)), plain(dict(wanted))
     if partial:
@@ -173,7 +176,7 @@ def check_identity(recorded: Mapping[str, Any], wanted: Mapping[str, Any], *, pa
     if found:
         path, old, new = found
         error = InputError(
-            f"the record was made with {_shown(old)}, this run has {_shown(new)}.",
+            f"{subject} made with {_shown(old)}, this run has {_shown(new)}.",
             where=path,
             fix=fix or "Use the record that belongs to this recipe, or record again into another folder.",
         )

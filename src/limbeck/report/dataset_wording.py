@@ -10,7 +10,8 @@ from limbeck.report.wording import MINUS
 BESIDE = "random real images"
 FOOTER = (
     "Numbers are means over seeds ± one standard error (none where all seeds have the same number); ↓ lower is better, ↑ higher is better. "
-    "Accuracy is that of fresh networks at their last epoch, the mean over networks; every arm is judged by the same networks and the same recipe. "
+    "Accuracy is that of fresh networks at their last epoch, the mean over networks; arms of as many images have the same networks and recipe, "
+    "all real data by those of the first seed; k-means is in pixel space; real data count as float32. "
     "A difference counts when it is more than two standard errors of the paired difference from zero."
 )
 

@@ -102,8 +102,7 @@ def apply(x_BCHW: Tensor, drawn: Drawn) -> Tensor:
     Raises:
         InputError: the images are not [B, C, H, W] floats, or neither one row of numbers nor one an image was drawn.
     """
-    if x_BCHW.dim() != 4 or not x_BCHW.is_floating_point():
-        raise InputError(f"augmentation takes float images [B, C, H, W], these are {x_BCHW.dtype} {list(x_BCHW.shape)}.", where="dsa")
+    _must_be_images(x_BCHW)
     count = len(x_BCHW)
     if len(drawn) not in (1, count):
         raise InputError(f"numbers were drawn for {len(drawn)} images, there are {count}.", where="dsa", fix="Draw as many, or one row for all.")
@@ -112,8 +111,14 @@ def apply(x_BCHW: Tensor, drawn: Drawn) -> Tensor:
 
 
 def dsa(x_BCHW: Tensor, spec: DSASpec, generator: torch.Generator) -> Tensor:
-    """`draw` for these images [B, C, H, W], and `apply`."""
+    """`draw` for these images [B, C, H, W], and `apply`. Raises InputError: they are no such float images, or there is none."""
+    _must_be_images(x_BCHW)
     return apply(x_BCHW, draw(spec, len(x_BCHW), x_BCHW.shape[2], x_BCHW.shape[3], generator))
+
+
+def _must_be_images(x_BCHW: Tensor) -> None:
+    if x_BCHW.dim() != 4 or not x_BCHW.is_floating_point():
+        raise InputError(f"augmentation takes float images [B, C, H, W], these are {x_BCHW.dtype} {list(x_BCHW.shape)}.", where="dsa")
 
 
 def _rounded(length: float) -> int:

@@ -21,18 +21,30 @@ from typing import Any, Literal, Protocol
 import safetensors.torch
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vmap
 
 from limbeck.contract import Frozen
 from limbeck.errors import InputError
 from limbeck.files import sync_folder, write_atomic
+from limbeck.lock import locked
 from limbeck.records.manifest import check_identity, plain
 from limbeck.seeds import derive, generator
 from limbeck.synthetic.augment import DSASpec, dsa
 from limbeck.synthetic.flat import FlatNetwork
 from limbeck.synthetic.sharpness import SharpnessSpec, descent_direction
-from limbeck.synthetic.trajectories import MANIFEST, Trajectories, checksum, expert_file, read_manifest, read_snapshot, write_manifest
+from limbeck.synthetic.trajectories import (
+    MANIFEST,
+    Trajectories,
+    check_lengths,
+    check_sums,
+    checksum,
+    expert_file,
+    read_manifest,
+    read_snapshot,
+    write_manifest,
+)
 
 STATE = "group.safetensors"
 """The file that holds what the experts in training need beside their snapshots."""
@@ -40,6 +52,8 @@ JUDGED = 2000
 """At most so many training images are looked at for an expert's accuracy."""
 TOGETHER = 8
 """How many experts go together on an accelerator where a recipe does not say (a guess: measured on a CPU alone, `benchmarks/experts.py`)."""
+
+_AGAIN = "The experts in training then begin again; those that are whole stay."
 
 Norm = Literal["per_pixel", "per_image"]
 
@@ -200,7 +214,8 @@ def train_experts(
     """Train the experts that a folder does not hold yet, and open it (arXiv 2203.11932, stage 1).
 
     It may be killed at any moment: a second call goes on after the last epoch that was written and ends with the same bytes. A larger `count` trains only
-    the experts that are missing. One process at a time may write to a folder.
+    the experts that are missing. One process at a time writes to a folder, and others are refused meanwhile unless nothing is left to train. Experts that
+    the folder holds already are read once and compared with their checksums.
 
     Args:
         network: seed -> a fresh network [B, channels, height, width] -> logits [B, C], without running statistics.
@@ -210,15 +225,29 @@ def train_experts(
 
     Raises:
         InputError: shapes, labels or the network's outputs do not fit; the folder was made otherwise (it names the first field that differs) or is damaged;
-            weights became infinite or NaN (it names expert and epoch).
+            weights became infinite or NaN (it names expert and epoch); another process trains experts there (it names the process).
     """
     folder = Path(folder)
     _check_data(inputs_NCHW, labels_N, num_classes)
     net = FlatNetwork(network(derive(seed, "experts", "weights", 0)).to(inputs_NCHW.device))
     _check_network(net, inputs_NCHW, num_classes)
     wanted = _identity(spec, net, inputs_NCHW, labels_N, num_classes, seed, identity)
-    experts = _whole_experts(folder, wanted, net.size, spec.epochs)
-    training = _Training(spec, network, net, inputs_NCHW, labels_N, folder, seed)
+    if _nothing_to_do(folder, spec.count):
+        _whole_experts(folder, wanted, spec.count)
+    else:
+        with locked(folder, "the folder of experts", fix="Wait for it, stop it, or name another folder for these experts."):
+            _train_missing(_Training(spec, network, net, inputs_NCHW, labels_N, folder, seed), wanted, progress)
+    return Trajectories.open(folder, spec.count)
+
+
+def _train_missing(training: _Training, wanted: Mapping[str, Any], progress: Watch | None) -> None:
+    """Train what a folder does not hold. Nobody else may write to it meanwhile."""
+    spec, folder, size = training.spec, training.folder, training.net.size
+    if not (folder / MANIFEST).exists():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise InputError("is not empty and holds no expert trajectories.", where=str(folder), fix="Name a new folder.")
+        write_manifest(folder, wanted, size, spec.epochs, {})
+    experts = _whole_experts(folder, wanted, spec.count)
     total = max(spec.count, len(experts)) * spec.epochs
     if progress:
         progress.start("experts", total, len(experts) * spec.epochs, "epochs")
@@ -229,11 +258,10 @@ def train_experts(
             if progress:
                 progress.advance(min(total, done + len(group.experts) * group.epoch), f"loss {sum(row[-1] for row in group.losses) / len(group.losses):.3f}")
         experts |= training.finish(group)
-        write_manifest(folder, wanted, net.size, spec.epochs, experts)
+        write_manifest(folder, wanted, size, spec.epochs, experts)
         (folder / STATE).unlink()
     if progress:
         progress.stop()
-    return Trajectories.open(folder, spec.count)
 
 
 class _Training:
@@ -263,22 +291,39 @@ class _Training:
         if not path.is_file():
             return None
         content = path.read_bytes()
-        facts = json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["facts"])
-        experts, epoch = tuple(facts["experts"]), facts["epoch"]
-        rows = [read_snapshot(self._snapshots(number), self.net.size, epoch) for number in experts]
-        momentum_GP = safetensors.torch.load(content)["momentum"]
-        return _Group(experts, epoch, torch.stack(rows).to(self.device), momentum_GP.to(self.device), facts["losses"])
+        try:
+            facts = json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["facts"])
+            experts, epoch, losses = tuple(map(int, facts["experts"])), int(facts["epoch"]), [list(map(float, row)) for row in facts["losses"]]
+            momentum_GP = safetensors.torch.load(content)["momentum"]
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise InputError("the state of the experts in training is damaged.", where=str(path), fix=f"Remove this file. {_AGAIN}") from error
+        if momentum_GP.shape != (len(experts), self.net.size) or [len(row) for row in losses] != [epoch] * len(experts):
+            raise InputError("the state of the experts in training does not fit the network.", where=str(path), fix=f"Remove this file. {_AGAIN}")
+        rows = [read_snapshot(self._snapshots(number, epoch + 1), self.net.size, epoch) for number in experts]
+        return _Group(experts, epoch, torch.stack(rows).to(self.device), momentum_GP.to(self.device), losses)
 
-    def _snapshots(self, expert: int) -> Path:
-        """The file of an expert, under its last name if it has it already."""
-        last = expert_file(self.folder, expert)
-        return last if last.is_file() else last.with_suffix(".part")
+    def _part(self, expert: int) -> Path:
+        """The file of an expert in training."""
+        return expert_file(self.folder, expert).with_suffix(".part")
+
+    def _snapshots(self, expert: int, count: int) -> Path:
+        """The file of an expert in training, under its last name if it has it already. Raises InputError: it does not hold `count` snapshots."""
+        last, part = expert_file(self.folder, expert), self._part(expert)
+        return self._holding(last if last.is_file() and not part.is_file() else part, expert, count)
+
+    def _holding(self, path: Path, expert: int, count: int) -> Path:
+        """The path. Raises InputError: there are no `count` snapshots."""
+        held = path.stat().st_size if path.is_file() else 0
+        if held < count * self.net.size * 4:
+            what = f"the weights of expert {expert} after epoch {count - 1} are gone: {held:,} bytes of {count * self.net.size * 4:,} are there."
+            raise InputError(what, where=str(path), fix=f"Remove {self.folder / STATE}. {_AGAIN}")
+        return path
 
     def _keep(self, group: _Group) -> None:
         """Write the snapshots of an epoch, and then what training needs to go on from there; it counts from the moment the second is written."""
         for number, theta_P in zip(group.experts, group.weights.cpu(), strict=True):
-            path = expert_file(self.folder, number).with_suffix(".part")
-            with path.open("r+b" if path.is_file() else "wb") as handle:
+            path = self._holding(self._part(number), number, group.epoch)
+            with path.open("r+b" if group.epoch else "wb") as handle:
                 handle.seek(group.epoch * self.net.size * 4)
                 handle.write(theta_P.numpy().astype("<f4").tobytes())
                 handle.flush()
@@ -290,9 +335,9 @@ class _Training:
         """Give the files of a group their last names: number -> what the manifest says about an expert."""
         found: dict[int, dict[str, Any]] = {}
         for row, number in enumerate(group.experts):
-            path = expert_file(self.folder, number)
-            if (part := path.with_suffix(".part")).is_file():
-                part.replace(path)
+            path, found_at = expert_file(self.folder, number), self._snapshots(number, self.spec.epochs + 1)
+            if found_at != path:
+                found_at.replace(path)
             found[number] = {"sha256": checksum(path), "losses": group.losses[row], "accuracy": self._accuracy(group.weights[row])}
         sync_folder(self.folder)
         return found
@@ -363,6 +408,7 @@ def _check_data(inputs_NCHW: Tensor, labels_N: Tensor, num_classes: int) -> None
 
 
 def _check_network(net: FlatNetwork, inputs_NCHW: Tensor, num_classes: int) -> None:
+    net.check(inputs_NCHW[:2])
     with torch.no_grad():
         theta_P = net.vector()
         shape = list(net(theta_P, inputs_NCHW[:2]).shape)
@@ -379,17 +425,29 @@ def _identity(
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     experts = spec.model_dump(mode="json", exclude={"count", "together"})
     data = {"shape": list(inputs_NCHW.shape), "classes": num_classes, "sha256": digest.hexdigest()}
-    network = {"parameters": net.size, "shapes": {name: list(piece.shape) for name, piece in net.split(net.vector()).items()}}
+    theta_P = net.vector()  # of expert 0: what a network begins with is part of what an expert is
+    network = {
+        "parameters": net.size,
+        "shapes": {name: list(piece.shape) for name, piece in net.split(theta_P).items()},
+        "first_weights": hashlib.sha256(theta_P.cpu().numpy().data).hexdigest(),
+    }
     return plain({"experts": experts, "seed": seed, "network": network, "data": data, "recipe": dict(identity)})
 
 
-def _whole_experts(folder: Path, wanted: Mapping[str, Any], size: int, epochs: int) -> dict[int, dict[str, Any]]:
-    """The experts that a folder holds; writes a manifest without any into a new one."""
-    if not (folder / MANIFEST).exists():
-        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            raise InputError("is not empty and holds no expert trajectories.", where=str(folder), fix="Name a new folder.")
-        write_manifest(folder, wanted, size, epochs, {})
+def _nothing_to_do(folder: Path, count: int) -> bool:
+    """Whether the first `count` experts are whole and none is in training, so that nothing is written."""
+    if not (folder / MANIFEST).exists() or (folder / STATE).exists():
+        return False
+    return {str(number) for number in range(count)} <= read_manifest(folder)["experts"].keys()
+
+
+def _whole_experts(folder: Path, wanted: Mapping[str, Any], count: int) -> dict[int, dict[str, Any]]:
+    """The experts that a folder holds, by number. Raises InputError: they were made otherwise, or one of the first `count` is damaged."""
     body = read_manifest(folder)
     fix = "Name another folder for these experts, or go back to what the others were trained from."
-    check_identity(body["identity"], wanted, where=str(folder), fix=fix)
-    return {int(number): found for number, found in body["experts"].items()}
+    check_identity(body["identity"], wanted, where=str(folder), fix=fix, subject="the experts were")
+    experts = {int(number): found for number, found in body["experts"].items()}
+    needed = {number: found for number, found in experts.items() if number < count}
+    check_lengths(folder, needed, int(body["parameters"]), int(body["epochs"]))
+    check_sums(folder, needed)
+    return experts

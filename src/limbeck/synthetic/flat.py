@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from limbeck.errors import InputError
+from limbeck.models import logits_of
 
 _RATES = ("p", "dropout", "drop_prob", "drop_rate", "drop_path_rate")
 """Attributes under which modules of torch, timm and transformers keep the probability of dropping something."""
+
+SAME = 1e-4
+"""How far two answers may differ by rounding, relative to the largest output."""
 
 
 class FlatNetwork:
@@ -30,8 +34,8 @@ class FlatNetwork:
         module: the module as it was given. size: P.
 
     Raises:
-        InputError: the module keeps running statistics, draws random numbers in train mode (dropout and the like), has no parameters, or has them in
-            several precisions or on several devices.
+        InputError: the module keeps running statistics or another state that calls change (spectral norm), draws random numbers in train mode (dropout and
+            the like), has no parameters, or has them in several precisions or on several devices. What its modules do not tell, `check` finds.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -52,6 +56,28 @@ class FlatNetwork:
             InputError: theta_P is not a vector of P numbers.
         """
         return functional_call(self.module, self.split(theta_P), inputs)
+
+    def check(self, *example: Any) -> None:
+        """Call the module twice on an example: what a module does in its own `forward` (`F.dropout`, counting calls) shows in no other way.
+
+        example: inputs as in a call. Nothing is left changed, torch's own random numbers included.
+
+        Raises:
+            InputError: the two outputs differ by more than rounding, or a buffer changes.
+        """
+        theta_P, buffers = self.vector(), {name: b.detach().clone() for name, b in self.module.named_buffers()}
+        devices = [theta_P.device] if theta_P.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            first, second = (logits_of(self(theta_P, *example)).clone() for _ in range(2))
+            changed = [name for name, b in self.module.named_buffers() if not torch.equal(b, buffers[name])]
+            for name, b in self.module.named_buffers():
+                b.copy_(buffers[name])
+        if changed:
+            fix = "Use layers without state: a vector of weights does not hold it."
+            raise InputError(f"the network changes its buffer '{changed[0]}' when it is called.", where="network", fix=fix)
+        if not torch.allclose(first, second, rtol=SAME, atol=SAME * float(first.abs().nan_to_num().max()), equal_nan=True):
+            fix = "Leave out dropout and noise: an inner step must give the same gradient each time it is taken."
+            raise InputError("the network gives two answers to one input in train mode.", where="network", fix=fix)
 
     def split(self, theta_P: Tensor) -> dict[str, Tensor]:
         """Parameter name -> view of `theta_P` in the parameter's shape; the views' gradients come together in one pass.
@@ -105,6 +131,9 @@ def _must_be_a_function(module: nn.Module) -> None:
         if isinstance(part, nn.RReLU) or any(isinstance(rate, float | int) and rate > 0 for rate in rates):
             fix = "Set its probability to 0: an inner step must give the same gradient each time it is taken."
             raise InputError(f"{kind} draws random numbers in train mode.", where=where, fix=fix)
+        if "spectralnorm" in kind.lower().replace("_", "") or any("SpectralNorm" in type(hook).__name__ for hook in part._forward_pre_hooks.values()):
+            fix = "Leave it out."
+            raise InputError("spectral norm keeps vectors that every call changes, which a vector of weights does not hold.", where=where, fix=fix)
 
 
 def _drops(part: nn.Module) -> bool:

@@ -25,6 +25,8 @@ from limbeck.synthetic.budget import index_bytes, label_bytes
 
 Labels = Literal["hard", "soft", "vectors"]
 """hard: a class each; soft: C numbers each, logits or probabilities; vectors: d numbers each (KRR-ST's targets)."""
+NO_STEP_SIZE = 0.01
+"""What `step_size` holds where none was given."""
 SLACK = 1e-3
 """How far real pixels may lie outside of [0, 1] (resizing overshoots a little)."""
 
@@ -36,12 +38,12 @@ class SyntheticSet(nn.Module):
 
     Args:
         count: M. num_classes: C. input_shape: of an image. labels: see `Labels`. dim: d of vectors. patterns: U. pairs: Q.
-        whitened: whether images are ZCA-whitened, for which [c·h·w, c·h·w] numbers are kept.
+        whitened: whether images are ZCA-whitened, for which [c·h·w, c·h·w] numbers are kept. learns_step_size: whether a step size goes with the images.
 
     Attributes:
         images: Parameter [M, *input_shape] float32.
         targets: hard: buffer [M] int64, a pair takes its image's. soft and vectors: Parameter [N, C] or [N, d] float32, which learns only as "vectors".
-        step_size: Parameter [], the learning rate of SGD that goes with the images.
+        step_size: Parameter [], the learning rate of SGD that goes with the images; of no meaning without `learns_step_size`, see `learned_step_size`.
         patterns: Parameter [U, *input_shape]. pair_image, pair_pattern: buffers [Q] int64.
         mean, std: buffers [c]: pixels = x · std + mean where not whitened.
         zca_mean [D], zca_matrix [D, D]: x = (pixels − zca_mean) @ zca_matrix where whitened, else empty.
@@ -69,6 +71,7 @@ class SyntheticSet(nn.Module):
         patterns: int = 0,
         pairs: int = 0,
         whitened: bool = False,
+        learns_step_size: bool = False,
     ) -> None:
         super().__init__()
         if labels not in ("hard", "soft", "vectors"):
@@ -82,10 +85,10 @@ class SyntheticSet(nn.Module):
         if patterns and whitened:
             raise InputError("patterns are added to standardised images, not to whitened ones.", where="whitened", fix="Leave out data.whitening.")
         self.num_classes, self.input_shape, self.labels = num_classes, tuple(int(side) for side in input_shape), labels
-        self.whitened = whitened
+        self.whitened, self.learns_step_size = whitened, learns_step_size
         self.images = nn.Parameter(torch.zeros(count, *self.input_shape))
         self.patterns = nn.Parameter(torch.zeros(patterns, *self.input_shape))
-        self.step_size = nn.Parameter(torch.tensor(0.01))
+        self.step_size = nn.Parameter(torch.tensor(NO_STEP_SIZE))
         if labels == "hard":
             self.register_buffer("targets", torch.zeros(count, dtype=torch.int64))
         else:
@@ -101,10 +104,11 @@ class SyntheticSet(nn.Module):
     # ---- from tensors ---------------------------------------------------------------------------------------------
 
     @classmethod
-    def hard(cls, images: Tensor, labels: Tensor, num_classes: int, step_size: float = 0.01, *, data: Data | None = None) -> SyntheticSet:
+    def hard(cls, images: Tensor, labels: Tensor, num_classes: int, step_size: float | None = None, *, data: Data | None = None) -> SyntheticSet:
         """From images [M, ...] in network units and classes [M] int64.
 
         Args:
+            step_size: of SGD, where one goes with the images, to be learned or used; None: none does.
             data: where the images are from, which says how they were standardised or whitened; None: network units are pixels.
 
         Raises:
@@ -113,12 +117,12 @@ class SyntheticSet(nn.Module):
         return cls._of(images, labels, num_classes, "hard", step_size, data)
 
     @classmethod
-    def soft(cls, images: Tensor, targets: Tensor, step_size: float = 0.01, *, data: Data | None = None) -> SyntheticSet:
+    def soft(cls, images: Tensor, targets: Tensor, step_size: float | None = None, *, data: Data | None = None) -> SyntheticSet:
         """From images [M, ...] and logits or probabilities [M, C]. The rest as in `hard`."""
         return cls._of(images, targets, 0, "soft", step_size, data)
 
     @classmethod
-    def vectors(cls, images: Tensor, targets: Tensor, step_size: float = 0.01, *, num_classes: int = 1, data: Data | None = None) -> SyntheticSet:
+    def vectors(cls, images: Tensor, targets: Tensor, step_size: float | None = None, *, num_classes: int = 1, data: Data | None = None) -> SyntheticSet:
         """From images [M, ...] and vectors [M, d] that are learned with them (KRR-ST). The rest as in `hard`."""
         return cls._of(images, targets, num_classes, "vectors", step_size, data)
 
@@ -131,7 +135,7 @@ class SyntheticSet(nn.Module):
         patterns: Tensor,
         pair_image: Tensor,
         pair_pattern: Tensor,
-        step_size: float = 0.01,
+        step_size: float | None = None,
         *,
         data: Data | None = None,
     ) -> SyntheticSet:
@@ -166,7 +170,7 @@ class SyntheticSet(nn.Module):
 
     @classmethod
     def _of(
-        cls, images: Tensor, targets: Tensor, num_classes: int, labels: Labels, step_size: float, data: Data | None, *, patterns: int = 0, pairs: int = 0
+        cls, images: Tensor, targets: Tensor, num_classes: int, labels: Labels, step_size: float | None, data: Data | None, *, patterns: int = 0, pairs: int = 0
     ) -> SyntheticSet:
         if images.dim() < 2 or not images.is_floating_point() or len(images) == 0:
             raise InputError(f"images must be floats [M, ...], these are {images.dtype} {list(images.shape)}.", where="images")
@@ -179,18 +183,20 @@ class SyntheticSet(nn.Module):
             raise InputError(f"targets are floats [M, numbers], these are {targets.dtype} {list(targets.shape)}.", where="targets")
         if len(targets) != len(images):
             raise InputError(f"there are {len(images)} images and {len(targets)} targets.", where="targets")
-        if not (math.isfinite(step_size) and step_size > 0):
+        if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
             raise InputError(f"the step size is {step_size}.", where="step_size", fix="It must be above 0.")
         whitening = root(data) if data is not None else None
         whitened = isinstance(whitening, Whitened)
         dim = targets.shape[1] if labels == "vectors" else 0
         classes = targets.shape[1] if labels == "soft" else num_classes
-        found = cls(len(images), classes, images.shape[1:], labels, dim=dim, patterns=patterns, pairs=pairs, whitened=whitened)
-        found = found.to(images.device)
+        found = cls(
+            len(images), classes, images.shape[1:], labels,
+            dim=dim, patterns=patterns, pairs=pairs, whitened=whitened, learns_step_size=step_size is not None,
+        ).to(images.device)  # fmt: skip
         with torch.no_grad():
             found.images.copy_(images)
             found.targets.copy_(targets)
-            found.step_size.fill_(step_size)
+            found.step_size.fill_(NO_STEP_SIZE if step_size is None else step_size)
             if isinstance(whitening, Whitened):
                 found.zca_mean.copy_(whitening.zca.mean)
                 found.zca_matrix.copy_(whitening.zca.matrix)
@@ -206,7 +212,7 @@ class SyntheticSet(nn.Module):
             raise InputError(f"soft labels of {len(self)} samples and {self.num_classes} classes are not {list(targets.shape)}.", where="targets")
         found = SyntheticSet(
             len(self.images), self.num_classes, self.input_shape, "soft",
-            patterns=len(self.patterns), pairs=len(self.pair_image), whitened=self.whitened,
+            patterns=len(self.patterns), pairs=len(self.pair_image), whitened=self.whitened, learns_step_size=self.learns_step_size,
         ).to(self.images.device)  # fmt: skip
         found.load_state_dict(self.state_dict() | {"targets": targets})
         return found
@@ -217,8 +223,13 @@ class SyntheticSet(nn.Module):
         return {
             "count": len(self.images), "num_classes": self.num_classes, "input_shape": list(self.input_shape), "labels": self.labels,
             "dim": self.targets.shape[1] if self.labels == "vectors" else 0, "patterns": len(self.patterns), "pairs": len(self.pair_image),
-            "whitened": self.whitened,
+            "whitened": self.whitened, "learns_step_size": self.learns_step_size,
         }  # fmt: skip
+
+    @property
+    def learned_step_size(self) -> float | None:
+        """The learning rate of SGD that goes with the images; None: a recipe's own is to be taken."""
+        return float(self.step_size.detach()) if self.learns_step_size else None
 
     # ---- what a user trains on ------------------------------------------------------------------------------------
 
@@ -291,13 +302,18 @@ class SyntheticSet(nn.Module):
         }  # fmt: skip
         return {name: size for name, size in parts.items() if size}
 
+    @property
+    def shows(self) -> bool:
+        """Whether inputs are images of one or three channels, which `grid` takes."""
+        return len(self.input_shape) == 3 and self.input_shape[0] in (1, 3)
+
     def grid(self, per_class: int = 10, border: int = 1) -> Tensor:
         """[H, W, 3] uint8: a row a class, its first samples from left to right; without classes, rows of `per_class`.
 
         Raises:
             InputError: the inputs are no images of one or three channels.
         """
-        if len(self.input_shape) != 3 or self.input_shape[0] not in (1, 3):
+        if not self.shows:
             raise InputError(f"inputs of shape {list(self.input_shape)} cannot be shown as pictures.", where="input_shape")
         if per_class < 1 or border < 0:
             raise InputError(f"{per_class} images a row with a border of {border} pixels cannot be shown.", where="per_class")
@@ -339,10 +355,11 @@ def synthetic_set(
     patterns: int = 0,
     pairs: int = 0,
     whitened: bool = False,
+    learns_step_size: bool = False,
 ) -> SyntheticSet:
     """A set of zeros of these shapes, as artefacts of kind 'dataset' name it; see `SyntheticSet`.
 
     Raises:
         InputError: a size is out of range.
     """
-    return SyntheticSet(count, num_classes, input_shape, labels, dim=dim, patterns=patterns, pairs=pairs, whitened=whitened)
+    return SyntheticSet(count, num_classes, input_shape, labels, dim=dim, patterns=patterns, pairs=pairs, whitened=whitened, learns_step_size=learns_step_size)

@@ -7,7 +7,7 @@ are being trained (`experts.py`) there are also `expert-00007.part` and `group.s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,22 @@ def read_snapshot(path: Path, size: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.array(mapped, dtype=np.float32))
 
 
+def check_lengths(folder: Path, experts: Iterable[int], size: int, epochs: int) -> None:
+    """Raise InputError for the first expert whose file is missing or not (epochs + 1) · size float32 numbers long."""
+    for number in experts:
+        path = expert_file(folder, number)
+        if not path.is_file() or path.stat().st_size != (epochs + 1) * size * 4:
+            raise InputError(f"expert {number} is missing or not as long as it was.", where=str(path), fix=_BROKEN)
+
+
+def check_sums(folder: Path, experts: Mapping[int, Mapping[str, Any]]) -> None:
+    """Read the file of every expert, and raise InputError for the first one whose checksum is not what the manifest says about it."""
+    for number, found in experts.items():
+        path = expert_file(folder, number)
+        if checksum(path) != found["sha256"]:
+            raise InputError(f"expert {number} is damaged (its checksum does not fit).", where=str(path), fix=_BROKEN)
+
+
 class Trajectories:
     """The weights of several experts after every epoch, as they lie in a folder. Nothing is read until it is asked for.
 
@@ -89,10 +105,7 @@ class Trajectories:
         if not 1 <= self.count <= whole:
             fix = "Train them again: it goes on where it stopped."
             raise InputError(f"holds {whole} whole experts, {max(self.count, 1)} are needed.", where=str(self.folder), fix=fix)
-        for number in range(self.count):
-            path = expert_file(self.folder, number)
-            if not path.is_file() or path.stat().st_size != (self.epochs + 1) * self.size * 4:
-                raise InputError(f"expert {number} is missing or not as long as it was.", where=str(path), fix=_BROKEN)
+        check_lengths(self.folder, range(self.count), self.size, self.epochs)
         self.accuracy = tuple(float(self._experts[number]["accuracy"]) for number in range(self.count))
 
     @classmethod
@@ -136,7 +149,4 @@ class Trajectories:
 
     def verify(self) -> None:
         """Read every file and compare its checksum with the manifest's. Raises InputError: one differs."""
-        for number in range(self.count):
-            path = expert_file(self.folder, number)
-            if checksum(path) != self._experts[number]["sha256"]:
-                raise InputError(f"expert {number} is damaged (its checksum does not fit).", where=str(path), fix=_BROKEN)
+        check_sums(self.folder, {number: self._experts[number] for number in range(self.count)})

@@ -1,7 +1,7 @@
 """The engine: trainer, optimisers, schedules, moving averages, checkpoints, progress, processes."""
 
+from limbeck.lock import locked
 from limbeck.train.config import TrainConfig
-from limbeck.train.lock import locked
 from limbeck.train.trainer import Trained, Trainer
 
 __all__ = ["TrainConfig", "Trained", "Trainer", "locked"]

@@ -91,7 +91,7 @@ def test_pairs_start_as_random_images_and_what_g_says_of_them() -> None:
 
 def test_the_outer_loss_is_j_in_eval_mode_and_its_gradient_reaches_the_pairs_alone() -> None:
     method, clock = bound(), Clock(phase="distil", phase_index=1)
-    member, batch = method.pool.members[method.visited(clock)], batch_of(bound())
+    member, batch = method.networks.members[method.visited(clock)], batch_of(bound())
     member.train()(torch.randn(16, 1, 6, 6, generator=seeds.generator(5)))
     batch.inputs.requires_grad_()
     before = copy.deepcopy(member.state_dict())
@@ -135,12 +135,12 @@ def test_answers_are_computed_once_and_belong_to_their_images() -> None:
 def test_the_warm_up_takes_every_network_to_its_age() -> None:
     method = bound(life=20)
     phase = method.phases()[0]
-    assert (phase.name, phase.steps, phase.data_free) == ("warm_up", max(method.pool.starts), True)
+    assert (phase.name, phase.steps, phase.data_free) == ("warm_up", max(method.networks.starts), True)
     images = method.pairs[0].detach().clone()
     for step in range(phase.steps or 0):
         clock = Clock(phase="warm_up", step=step)
-        assert list(driven(method, Batch(torch.empty(8, 0)), clock)) == [f"pool-{i}" for i in range(3) if step < method.pool.starts[i]]
-    assert method.pool.ages == method.pool.starts
+        assert list(driven(method, Batch(torch.empty(8, 0)), clock)) == [f"pool-{i}" for i in range(3) if step < method.networks.starts[i]]
+    assert method.networks.ages == method.networks.starts
     assert torch.equal(method.pairs[0], images)
 
 
@@ -150,12 +150,12 @@ def test_a_network_learns_the_new_pairs_until_it_is_made_anew(reset: str) -> Non
     seen = []
     for step in range(6):
         players = list(driven(method, batch_of(method), Clock(phase="distil", phase_index=1, step=step)))
-        seen.append((len(players), method.pool.ages[0]))
+        seen.append((len(players), method.networks.ages[0]))
         assert players[0] == "pairs"
     paper = [(2, 1), (2, 2), (1, 0), (2, 1), (2, 2), (1, 0)]
     assert seen == (paper if reset == "paper" else [(2, 1), (2, 2), (1, 2), (1, 2), (1, 2), (1, 2)])
-    assert method.pool.resets == [2 if reset == "paper" else 4]
-    assert method.facts()["metrics"] == {"resets": sum(method.pool.resets)}
+    assert method.networks.resets == [2 if reset == "paper" else 4]
+    assert method.facts()["metrics"] == {"resets": sum(method.networks.resets)}
 
 
 def test_the_network_is_stepped_after_the_pairs_on_the_new_pairs_and_freshly_after_a_reset() -> None:
@@ -165,7 +165,7 @@ def test_the_network_is_stepped_after_the_pairs_on_the_new_pairs_and_freshly_aft
     with torch.no_grad():
         method.pairs[1].add_(1.0)
     second = next(updates)
-    member = method.pool.members[0].train()
+    member = method.networks.members[0].train()
     torch.testing.assert_close(second.loss, (member(method.pairs[0]) - method.pairs[1]).square().mean())
     (gradient,) = torch.autograd.grad(second.loss, method.pairs[0], allow_unused=True)
     assert gradient is None  # (1) does not move the pairs
@@ -177,7 +177,7 @@ def test_the_network_is_stepped_after_the_pairs_on_the_new_pairs_and_freshly_aft
 
 
 def weights(method: KRRST) -> list[Tensor]:
-    return [p.detach().clone() for p in (*method.pairs, *(q for m in method.pool.members for q in m.parameters()))]
+    return [p.detach().clone() for p in (*method.pairs, *(q for m in method.networks.members for q in m.parameters()))]
 
 
 def test_momentum_does_not_outlive_a_reset() -> None:
@@ -186,7 +186,7 @@ def test_momentum_does_not_outlive_a_reset() -> None:
     for momentum in (0.0, 0.9):
         method = bound(life=1, inner=OptimiserSpec(lr=0.1, momentum=momentum))
         Trainer(method, method.data, config(steps=14)).fit()
-        assert sum(method.pool.resets) > 2
+        assert sum(method.networks.resets) > 2
         found.append(weights(method))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -211,8 +211,8 @@ def test_it_stops_and_goes_on_exactly(tmp_path: Path) -> None:
         again = bound(life=4)
         Trainer(again, again.data, config(steps=20), folder=folder).fit()
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(again), strict=True))
-        assert again.pool.state_dict() == whole.pool.state_dict()
-        assert sum(again.pool.resets) > 0
+        assert again.networks.state_dict() == whole.networks.state_dict()
+        assert sum(again.networks.resets) > 0
 
 
 def test_batches_in_parts_are_one_batch() -> None:
@@ -223,8 +223,8 @@ def test_batches_in_parts_are_one_batch() -> None:
         method.bind(student=small(0), teacher=as_teacher(encoder()), fresh_student=lambda seed: small(seed, batch_norm=False), train=data())
         Trainer(method, method.data, config(steps=9, accumulate=parts, optimiser=OptimiserSpec(lr=0.5, momentum=0.9))).fit()
         found.append(weights(method))
-        ages = method.pool.ages
-    assert ages == method.pool.ages
+        ages = method.networks.ages
+    assert ages == method.networks.ages
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 

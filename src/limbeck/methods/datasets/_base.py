@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -81,6 +81,10 @@ class DatasetMethod(Method):
     def enter(self, phase: Phase, clock: Clock, bench: Workbench) -> None:
         """The set goes where its players are."""
         self.synthetic.to(bench.device)
+
+    def frozen(self) -> Sequence[nn.Module]:
+        """The set itself, whose labels go where its images are (after a restart, too), and a teacher that is a module."""
+        return [*super().frozen(), self.synthetic]
 
     def inference(self) -> nn.Module:
         """The synthetic set."""

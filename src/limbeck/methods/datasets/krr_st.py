@@ -71,7 +71,7 @@ class KRRST(DatasetMethod):
         self.synthetic = SyntheticSet.vectors(images, targets, num_classes=int(self.num_classes or 1), data=self.data)
         self.pairs = nn.ParameterList([self.synthetic.images, self.synthetic.targets])
         self.answers_ND: Tensor | None = None
-        self.pool = self.make_pool(targets.shape[1])
+        self.networks = self.make_pool(targets.shape[1])
 
     def make_pool(self, outputs: int) -> NetworkPool:
         """L networks with `outputs` outputs. Raises InputError: there is one network only."""
@@ -107,28 +107,28 @@ class KRRST(DatasetMethod):
 
     def players(self) -> Mapping[str, Player]:
         """The pairs, images and vectors under one optimiser, and each network of the pool under its own."""
-        pool = {f"pool-{i}": Player(member, self.config.inner) for i, member in enumerate(self.pool.members)}
+        pool = {f"pool-{i}": Player(member, self.config.inner) for i, member in enumerate(self.networks.members)}
         return {"pairs": Player(self.pairs), **pool}
 
     def phases(self) -> list[Phase]:
         """The pool first, each network for as long as its random age says, then the pairs."""
-        warm_up = Phase("warm_up", steps=max(self.pool.starts), trains=[f"pool-{i}" for i in range(len(self.pool))], data_free=True)
+        warm_up = Phase("warm_up", steps=max(self.networks.starts), trains=[f"pool-{i}" for i in range(len(self.networks))], data_free=True)
         return [warm_up, Phase("distil")]
 
     def updates(self, batch: Batch, clock: Clock) -> Iterator[Update]:
         """The pairs by J on a drawn network; then that network by (1) on the new pairs, unless it is old (`after_step` has made it anew then)."""
         if clock.phase == "warm_up":
-            yield from (self.member_update(i) for i, start in enumerate(self.pool.starts) if clock.step < start)
+            yield from (self.member_update(i) for i, start in enumerate(self.networks.starts) if clock.step < start)
             return
         i = self.visited(clock)
-        old = self.pool.old(i)
-        yield Update("pairs", self.outer_loss(batch, self.pool.members[i], clock))
+        old = self.networks.old(i)
+        yield Update("pairs", self.outer_loss(batch, self.networks.members[i], clock))
         if not old:
             yield self.member_update(i)
 
     def visited(self, clock: Clock) -> int:
         """Which network of the pool this step is about; the same on every process and for every part of a batch."""
-        return self.pool.drawn(clock.phase_index, clock.step)
+        return self.networks.drawn(clock.phase_index, clock.step)
 
     def outer_loss(self, batch: Batch, member: nn.Module, clock: Clock) -> Tensor:
         """J (2 to 5): synthetic and real features in eval mode, with the statistics that the member has from the synthetic images."""
@@ -150,29 +150,29 @@ class KRRST(DatasetMethod):
     def member_update(self, i: int) -> Update:
         """(1) on all pairs, in train mode; the first step of a life starts without momentum."""
         images, targets = self.pairs
-        loss = F.mse_loss(self.pool.members[i](images.detach()), targets.detach())
-        return Update(f"pool-{i}", loss, fresh=self.pool.ages[i] == 0)
+        loss = F.mse_loss(self.networks.members[i](images.detach()), targets.detach())
+        return Update(f"pool-{i}", loss, fresh=self.networks.ages[i] == 0)
 
     def after_step(self, player: str, clock: Clock) -> None:
         """After the pairs' step an old network is made anew; any other that is stepped is a step older."""
         if player == "pairs":
             i = self.visited(clock)
-            if self.pool.old(i):
-                self.pool.reset(i)
+            if self.networks.old(i):
+                self.networks.reset(i)
         else:
-            self.pool.aged(int(player.removeprefix("pool-")))
+            self.networks.aged(int(player.removeprefix("pool-")))
 
     # ---- what is told and kept ----------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
         """How many pairs of what width, the pool's ages and how often each was made anew."""
-        pool = {"ages": list(self.pool.ages), "resets": list(self.pool.resets)}
-        return super().facts() | {"vector": self.synthetic.targets.shape[1], "pool": pool, "metrics": {"resets": sum(self.pool.resets)}}
+        pool = {"ages": list(self.networks.ages), "resets": list(self.networks.resets)}
+        return super().facts() | {"vector": self.synthetic.targets.shape[1], "pool": pool, "metrics": {"resets": sum(self.networks.resets)}}
 
     def state_dict(self) -> dict[str, Any]:
         """Ages and resets of the pool."""
-        return {"pool": self.pool.state_dict()}
+        return {"pool": self.networks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put them back."""
-        self.pool.load_state_dict(state["pool"])
+        self.networks.load_state_dict(state["pool"])

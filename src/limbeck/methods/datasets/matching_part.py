@@ -97,7 +97,7 @@ class TrajectoryMatching(DatasetMethod):
 
     def frozen(self) -> Sequence[nn.Module]:
         """The network, for its structure."""
-        return [self.student]
+        return [self.student, self.synthetic]
 
     def phases(self) -> list[Phase]:
         """One, without real data."""

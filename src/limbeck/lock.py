@@ -1,4 +1,4 @@
-"""One process a run folder: an advisory lock with the owner's name in it. The kernel drops it when the owner dies, however it dies."""
+"""One process a folder: an advisory lock with the owner's name in it. The kernel drops it when the owner dies, however it dies."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from limbeck.errors import InputError
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder.
+def locked(folder: Path, what: str = "the run folder", fix: str = "Wait for it, stop it, or give this run another folder with --run.") -> Iterator[None]:
+    """Hold a folder, which is made if it is not there.
+
+    Args:
+        what: what the message calls it. fix: what the message proposes.
 
     Raises:
         InputError: another process holds it; the message names its pid and host.
@@ -30,9 +33,9 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             owner = _owner(path)
             raise InputError(
-                f"the run folder is in use by process {owner['pid']} on host {owner['host']} (since {owner['since']}).",
+                f"{what} is in use by process {owner['pid']} on host {owner['host']} (since {owner['since']}).",
                 where=str(folder),
-                fix="Wait for it, stop it, or give this run another folder with --run.",
+                fix=fix,
             ) from error
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         os.ftruncate(handle, 0)
