@@ -40,12 +40,6 @@ def filled(text: str) -> str:
     """The README with its marked blocks filled in."""
     benches = {"bench": "engine", **{name: name for name in ("records", "generators", "trajectories")}}
     tables = {"claims": methods_table(), **{mark: bench_table(name) for mark, name in benches.items()}}
-        "claims": methods_table(),
-        "bench": bench_table("engine"),
-        "records": bench_table("records"),
-        "generators": bench_table("generators"),
-        "trajectories": bench_table("trajectories"),
-    }
     for mark, table in tables.items():
         text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, t=table: f"{m.group(1)}{t}\n{m.group(2)}", text, flags=re.DOTALL)
     return text

@@ -356,7 +356,9 @@ class DatasetKind(Kind):
                 made = SyntheticSet.vectors(images, reference.teacher.logits(Batch(images)), num_classes=prepared.num_classes, data=prepared.train)
             found.append(Measured("alone", "random real images, the teacher's answers", self._of_pairs(seed, made, prepared, reference)))
         if self.evaluate.baselines:
-            found.append(Measured("other", "no pre-training", Outcome(seed, measures=self._transferred(seed, None, prepared))))
+            found.append(
+                Measured("other", "no pre-training", Outcome(seed, measures=self._transferred(seed, None, prepared) | {"bytes": 0.0, "compression": 0.0}))
+            )
         return found
 
     # ---- cost, pictures, numbers ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from limbeck.evaluate.statistics import Paired
 from limbeck.report.measures import CALLS, SECONDS, Measure, measure_of
 from limbeck.report.summary import Arm, RunSummary
-from limbeck.report.wording import MINUS, NA, NBSP, SAME, Verdict, common_batch_sizes, compared, duration, grouped, spread
+from limbeck.report.wording import MINUS, NA, NBSP, SAME, Verdict, common_batch_sizes, compared, duration, grouped, size, spread
 
 UNIFORM = 1e-12
 """A standard error below this part of the mean is the rounding of equal numbers."""
@@ -29,6 +29,8 @@ def shown(measure: Measure, mean: tuple[float, float | None] | None) -> str:
         return f"{text}{NBSP}%".replace("-", MINUS)
     if measure.unit == "whole" and error is None:
         return f"{value:g}".replace("-", MINUS)
+    if measure.unit == "bytes":
+        return size(round(value))
     if measure.unit == "seconds":
         return _time(value, error, measure.digits)
     return spread(value * measure.factor, None if error is None else error * measure.factor, measure.digits)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["lower", "higher", "none"]
-Unit = Literal["number", "percent", "seconds", "whole"]
+Unit = Literal["number", "percent", "seconds", "whole", "bytes"]
 ARROWS = {"lower": "\u00a0↓", "higher": "\u00a0↑", "none": ""}
 
 
@@ -69,7 +69,7 @@ MEASURES = {
             "Bytes",
             "lower",
             "Images and shared patterns as float32, labels and step size; without preprocessing and teachers.",
-            "whole",
+            "bytes",
         ),
         Measure("compression", "Share of the real data", "lower", "Bytes over those of the real training images as float32.", "percent", 2),
         Measure("images_per_class", "Images a class", "lower", "Stored images and shared patterns over classes.", "number", 3),

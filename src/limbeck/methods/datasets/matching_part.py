@@ -168,7 +168,7 @@ class TrajectoryMatching(DatasetMethod):
     def updates(self, batch: Batch, clock: Clock) -> Iterator[Update]:
         """The images' step, then the step size's: both gradients are taken before either is stepped."""
         found = self.matched(clock)
-        metrics = {"matching": found.loss, "step_size": self.synthetic.step_size.detach()}
+        metrics = {"matching": found.losses_J[-1], "step_size": self.synthetic.step_size.detach()}
         yield Update("images", with_gradients(found.loss, [self.synthetic.images], found.variables), metrics)
         yield Update("step_size", with_gradients(found.loss, [self.synthetic.step_size], [found.step_size]))
 
