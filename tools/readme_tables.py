@@ -32,7 +32,9 @@ def bench_table(name: str) -> str:
         return "not measured yet"
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = ["| " + found["title"] + " | ratio | bound | holds |", "|---|---|---|---|"]
-    rows += [f"| {c['text']} | {c['value']:.3f} | {c['bound']:.2f} | {'yes' if c['holds'] else 'no'} |" for c in found["checks"]]
+    for check in found["checks"]:
+        value, bound = (f"{number:.{digits}f}" if check["bound"] >= 0.01 else f"{number:.1e}" for number, digits in ((check["value"], 3), (check["bound"], 2)))
+        rows.append(f"| {check['text']} | {value} | {bound} | {'yes' if check['holds'] else 'no'} |")
     return "\n".join(rows) + f"\n\nMeasured {found['date']} on {found['machine']}, commit {found['commit'][:10]}."
 
 

@@ -174,9 +174,10 @@ def test_a_set_with_shared_patterns_runs_to_the_end(tmp_path: Path) -> None:
 
 
 def test_pairs_run_to_the_end(tmp_path: Path) -> None:
+    trained = {"epochs": 1, "batch_size": 32, "drop_last": True, "optimiser": {"name": "adam", "lr": 0.001}}
     values = recipe(
-        name="pairs", method={"name": "krr_st", "images": 20, "networks": 2, "life": 5}, student=WITH_NORM,
-        teacher={**WITH_NORM, "method": {"name": "barlow_twins", "representation": "outputs"}, "train": {"epochs": 1, "batch_size": 32, "drop_last": True}},
+        name="pairs", method={"name": "krr_st", "images": 20, "networks": 2, "life": 5, "inner": {"lr": 0.01}}, student=WITH_NORM,
+        teacher={**WITH_NORM, "method": {"name": "barlow_twins", "representation": "outputs"}, "train": trained},
         train={"steps": 3, "batch_size": 16, "optimiser": {"name": "adamw", "lr": 0.001}},
         evaluate={"networks": 1, "transfer": {"labels_per_class": 2, "pretraining": {"epochs": 2}, "fine_tuning": {"steps": 3}}, "baselines": ["random"]},
     )  # fmt: skip

@@ -20,7 +20,7 @@ from limbeck.data import AugmentSpec
 from limbeck.errors import InputError
 from limbeck.evaluate.predict import device_of
 from limbeck.evaluate.robust_scores import hard_label_recovery, improvement_over_random, label_robustness
-from limbeck.evaluate.synthetic_sets import Evaluation, Evaluator, SetTraining
+from limbeck.evaluate.synthetic_sets import Evaluation, Evaluator, SetTraining, check_samples
 from limbeck.evaluate.transfer import Task, TransferSpec, few_labels, held_out_loss, pretrain, transfer
 from limbeck.ingredients import Prepared, all_inputs, fits, prepare
 from limbeck.kinds.base import Kind, Measured
@@ -84,8 +84,11 @@ class DatasetKind(Kind):
         """Raise InputError for what would stop the judging, which comes after all the work."""
         training, example = self.training, self.example(prepared)
         for name, found in (("training", training), ("full_training", self.evaluate.full_training)):
-            if found is not None and found.augment is not None and example.dim() != 4:
-                raise InputError("DSA is for images.", where=f"evaluate.{name}.augment", fix="Leave it out.")
+            if found is not None:
+                try:
+                    check_samples(found, tuple(example.shape[1:]))
+                except InputError as error:
+                    raise InputError(error.what, where=f"evaluate.{name}{error.where.removeprefix('training')}", fix=error.fix) from error
             if found is not None and found.labels == "dynamic" and self.method.needs_experts:
                 raise InputError("dynamic labels are a teacher's answers, and there is none.", where=f"evaluate.{name}.labels", fix="Use static.")
         for number, component in enumerate(self.evaluate.architectures):
@@ -161,7 +164,7 @@ class DatasetKind(Kind):
         if not bool(images.isfinite().all()):
             return Outcome(seed, nonfinite=int((~images.isfinite().flatten(1).all(1)).sum()), measures={"accuracy": None})
         began = time.perf_counter()
-        step_size = float(module.step_size.detach())
+        step_size = module.learned_step_size
         found = self.evaluator(prepared, reference, seed).evaluate(images, targets, step_size=step_size, teachers=self._teachers(reference))
         reference.networks.setdefault("distilled", {"accuracies": found.accuracies, "seeds": found.seeds})
         measures = _measures(found) | {"evaluation_seconds": time.perf_counter() - began}
@@ -255,7 +258,7 @@ class DatasetKind(Kind):
     def _hard(self, seed: int, made: SyntheticSet, prepared: Prepared, reference: Reference) -> Evaluation:
         """The same images with their likeliest class as the label, by the same recipe for hard labels."""
         images, targets = (tensor.detach() for tensor in made.expanded())
-        return self.evaluator(prepared, reference, seed, _plain(self.training)).evaluate(images, targets.argmax(1), step_size=float(made.step_size.detach()))
+        return self.evaluator(prepared, reference, seed, _plain(self.training)).evaluate(images, targets.argmax(1), step_size=made.learned_step_size)
 
     def _across(
         self, seed: int, images: Tensor, targets: Tensor, prepared: Prepared, reference: Reference, own: Evaluation, made: SyntheticSet

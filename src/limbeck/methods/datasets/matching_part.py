@@ -76,6 +76,10 @@ class TrajectoryMatching(DatasetMethod):
         if config.augment is not None and images.dim() != 4:
             what = f"samples of shape {list(images.shape[1:])} are no images, which the augmentation is for."
             raise InputError(what, where="method.augment", fix="Set it to null.")
+        try:
+            self.flat.check(images[:2].to(next(self.student.parameters())))
+        except InputError as error:
+            raise InputError(error.what, where="student.model", fix=error.fix) from error
         self.synthetic = SyntheticSet.hard(images, labels, int(self.num_classes or 0), step_size=config.step_size, data=self.data)
         self.images, self.step_size = Learned(self.synthetic.images), Learned(self.synthetic.step_size)
 
