@@ -28,12 +28,12 @@ LETTERS = {
 }  # fmt: skip
 SIGNS = {
     "in": "∈", "notin": "∉", "to": "→", "mapsto": "↦", "leftarrow": "←", "Rightarrow": "⇒", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠",
-    "neq": "≠", "approx": "≈", "equiv": "≡", "sim": "∼", "propto": "∝", "cdot": "⋅", "times": "×", "pm": "±", "circ": "∘", "odot": "⊙", "top": "⊤",
+    "neq": "≠", "approx": "≈", "equiv": "≡", "sim": "∼", "propto": "∝", "cdot": "⋅", "times": "×", "pm": "±", "circ": "∘", "odot": "⊙", "top": "⊤", "perp": "⊥",
     "cup": "∪", "cap": "∩", "subset": "⊂", "setminus": "∖", "forall": "∀", "exists": "∃", "mid": "∣", "ldots": "…", "dots": "…", "cdots": "⋯",
     "colon": ":", "sum": "∑", "prod": "∏", "int": "∫", "langle": "⟨", "rangle": "⟩", "lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉",
     "ll": "≪", "gg": "≫", "lVert": "‖", "rVert": "‖", "lvert": "|", "rvert": "|",
 }  # fmt: skip
-FUNCTIONS = {"log", "ln", "exp", "max", "min", "arg", "argmax", "argmin", "sup", "inf", "det", "dim", "tanh", "Pr"}
+FUNCTIONS = {"log", "ln", "exp", "max", "min", "arg", "argmax", "argmin", "sup", "inf", "det", "dim", "tanh", "cos", "sin", "Pr"}
 ACCENTS = {"hat": "^", "widehat": "^", "bar": "¯", "overline": "¯", "tilde": "~", "dot": "˙", "vec": "→"}
 SPACES = {",": 0.17, ":": 0.22, ";": 0.28, " ": 0.25, "quad": 1.0, "qquad": 2.0, "!": -0.17}
 BIG = {"big", "Big", "bigl", "bigr", "Bigl", "Bigr", "bigg", "Bigg", "left", "right", "displaystyle", "limits"}

@@ -303,7 +303,7 @@ def distill(
         given_teacher=given,
         train=config,
         augment=augment or AugmentSpec(),
-        evaluate=EvaluateSpec(latency=run is not None),
+        evaluate=EvaluateSpec(latency=True) if run is not None else EvaluateSpec(latency=False, baselines=()),  # without a report nothing stands beside
         compare=CompareSpec(alone=alone),
         student_spec=None,
         views=views or (None if recorded is None else ViewSpec(count=1)),

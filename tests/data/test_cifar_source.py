@@ -280,6 +280,6 @@ def test_where_nothing_is_there_it_says_what_was_looked_for(tmp_path: Path, monk
 def test_the_catalogue_names_importable_functions() -> None:
     from limbeck.components import import_object
 
-    images = {"digits", "fashion_mnist", "cifar10", "cifar100", "image_folder", "huggingface", "tensors"}
+    images = {"digits", "digit_pairs", "fashion_mnist", "cifar10", "cifar100", "image_folder", "huggingface", "tensors"}
     assert set(CATALOGUE) == images | {"two_moons", "gaussian_grid", "gaussian_ring", "checkerboard"}
     assert all(callable(import_object(path)) for path in CATALOGUE.values())
