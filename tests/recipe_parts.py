@@ -5,7 +5,7 @@ import copy
 import io
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,8 @@ def fast(method: str, folder: Path) -> Sequence[str]:
     settings = ["seeds=[0]", "data.test_size=60", "train.epochs=1", "evaluate.latency_repeats=3"]
     text = (folder / f"{method}.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
+    if "networks" in values.get("evaluate", {}):
+        return [part for setting in _fast_set(values) for part in ("--set", setting)]
     if "student" not in values or "denoiser" in str(values["student"]["model"]["name"]):
         settings = ["train.steps=4", "train.batch_size=16", "data.source.count=200", "data.source.test=60", "evaluate.samples=50", "evaluate.latency_repeats=3"]
         settings += ["teacher.train.steps=3"] if "teacher" in values else []
@@ -151,3 +153,15 @@ def fast(method: str, folder: Path) -> Sequence[str]:
     settings += {"robust_active": ["data.labelled=60", "method.budget=10"]}.get(method, [])
     settings += ["student.train.epochs=1"] if "train" in values["student"] else []
     return [part for setting in settings for part in ("--set", setting)]
+
+
+def _fast_set(values: Mapping[str, Any]) -> list[str]:
+    """The same for methods that make data sets."""
+    settings = ["train.steps=2", "data.train_size=200", "data.validation=40", "data.test_size=60", "evaluate.networks=1"]
+    teacher, evaluate = values.get("teacher", {}), values["evaluate"]
+    settings += ["teacher.experts.count=1"] if "experts" in teacher else ["teacher.train.epochs=1"] if "train" in teacher else []
+    settings += ["evaluate.training.epochs=2"] if "epochs" in (evaluate.get("training") or {}) else []
+    settings += ["evaluate.full_training.epochs=1"] if "full_training" in evaluate else []
+    shorter = ("pretraining.epochs=2", "fine_tuning.steps=2", "labels_per_class=4")
+    settings += [f"evaluate.transfer.{setting}" for setting in shorter] if "transfer" in evaluate else []
+    return settings + (["method.life=5"] if "life" in values["method"] else [])
