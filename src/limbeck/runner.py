@@ -259,6 +259,11 @@ class Runner:
             self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="limbeck-experts-")
             place = Path(self._scratch.name) / key
 
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"the experts' folder {place} cannot be made: {error.strerror}.", where="teacher.folder", fix="Give another.") from error
+
         def network_of(expert_seed: int) -> nn.Module:
             return parts.fresh(prepared, expert_seed)
 

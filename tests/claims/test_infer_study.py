@@ -9,7 +9,8 @@ from limbeck.claims.studies.infer import NoiseCompensators, SoftReal, SRe2L, noi
 from limbeck.contract import Batch, Clock
 from limbeck.data.arrays import ArrayData
 from limbeck.errors import InputError
-from limbeck.methods.datasets.infer import INFER, mean_logits
+from limbeck.methods.datasets.infer import INFER
+from limbeck.models.outputs import mean_logits
 from limbeck.synthetic.batch_statistics import matching_loss, tapped
 from limbeck.teachers.module import EnsembleTeacher
 from limbeck.train.config import TrainConfig

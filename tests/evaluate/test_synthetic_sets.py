@@ -18,7 +18,6 @@ from limbeck.evaluate.synthetic_sets import (
     SetTraining,
     accuracy,
     chosen_rate,
-    cross_architecture,
     label_loss,
     target_probabilities,
     train_on,
@@ -311,22 +310,6 @@ def test_the_rate_is_searched_on_validation_data() -> None:
     assert judge.evaluate(images, labels, rate=0.05).rate == 0.05
     with pytest.raises(InputError, match="0 rates"):
         judge.search_rate(images, labels, inputs, targets, ())
-
-
-def test_other_architectures_beside_random_images() -> None:
-    images, labels = blobs(6)
-    random, random_labels = blobs(6, seed=8, spread=3.0)
-    wide = Evaluator(lambda seed: network(seed, hidden=30), PLAIN, *blobs(60, seed=1), count=2)
-    flat = Evaluator(linear, PLAIN, *blobs(60, seed=1), count=2)
-    home, random_home = evaluator().evaluate(images, labels, step_size=0.1), evaluator().evaluate(random, random_labels)
-    found = cross_architecture({"wide": wide, "flat": flat}, images, labels, random, random_labels, home=home, random_home=random_home, rates={"flat": 0.2})
-    assert (found.synthetic["wide"].rate, found.synthetic["flat"].rate, found.random["flat"].rate) == (0.01, 0.2, 0.2)
-    assert same(found.synthetic["wide"], wide.evaluate(images, labels))
-    assert found.drop == pytest.approx(home.mean - (found.synthetic["wide"].mean + found.synthetic["flat"].mean) / 2)
-    assert found.random_drop == pytest.approx(random_home.mean - (found.random["wide"].mean + found.random["flat"].mean) / 2)
-    assert found.excess == pytest.approx(found.drop - found.random_drop)
-    with pytest.raises(InputError, match="architecture"):
-        cross_architecture({}, images, labels, random, random_labels, home=home, random_home=random_home)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------------------

@@ -234,3 +234,11 @@ def test_whitened_data_are_whitened_in_the_artefact_too(tmp_path: Path) -> None:
     pixels = raw.float() / (255 if raw.dtype == torch.uint8 else 1)
     torch.testing.assert_close(made.prepare(pixels), prepared.test.prepare(raw), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(made.to_pixels(prepared.test.prepare(raw)), pixels, rtol=1e-3, atol=1e-3)
+
+
+def test_a_folder_of_experts_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"teacher\.folder") as caught:
+        distill(Recipe.parse(recipe(teacher={**FTD["teacher"], "folder": str(tmp_path / "file" / "experts")})), run=tmp_path / "run")
+    assert "Not a directory" in str(caught.value)
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -28,6 +28,7 @@ from limbeck.evaluate import classifier
 from limbeck.evaluate.predict import device_of
 from limbeck.evaluate.statistics import paired
 from limbeck.losses.divergences import soft_cross_entropy
+from limbeck.models.outputs import mean_logits
 from limbeck.modes import evaluating
 from limbeck.optimise import build_optimiser, factor
 from limbeck.synthetic.augment import DSASpec, dsa
@@ -287,55 +288,6 @@ class Evaluator:
         return min(found, key=lambda rate: (-found[rate], rate))
 
 
-@dataclass(frozen=True)
-class CrossArchitecture:
-    """Other architectures than a set was made with (E5): `Evaluation`s by name, of the set and of as many random real images.
-
-    drop: accuracy of the home architecture − mean over the others. random_drop: the same of the random real images. excess: drop − random_drop, what the
-    set loses by transfer beyond what real data lose.
-    """
-
-    synthetic: Mapping[str, Evaluation]
-    random: Mapping[str, Evaluation]
-    drop: float
-    random_drop: float
-
-    @property
-    def excess(self) -> float:
-        """drop − random_drop."""
-        return self.drop - self.random_drop
-
-
-def cross_architecture(
-    evaluators: Mapping[str, Evaluator],
-    images: Tensor,
-    targets: Tensor,
-    random_images: Tensor,
-    random_targets: Tensor,
-    *,
-    home: Evaluation,
-    random_home: Evaluation,
-    rates: Mapping[str, float] | None = None,
-    teachers: Sequence[nn.Module] = (),
-) -> CrossArchitecture:
-    """Trains other architectures on a set and on random real images. The step size learned with the home architecture is not used: each has its own rate.
-
-    Args:
-        evaluators: by the architecture's name, each with its own recipe. home, random_home: of the architecture that the set was made with.
-        rates: learning rates by name, where they are not the recipe's (out of `search_rate`, say).
-
-    Raises:
-        InputError: as in `train_on`; or there is no architecture.
-    """
-    if not evaluators:
-        raise InputError("there is no other architecture.", where="architectures")
-    own = rates or {}
-    synthetic = {name: each.evaluate(images, targets, teachers=teachers, rate=own.get(name)) for name, each in evaluators.items()}
-    random = {name: each.evaluate(random_images, random_targets, teachers=teachers, rate=own.get(name)) for name, each in evaluators.items()}
-    drops = (first.mean - statistics.fmean(found.mean for found in others.values()) for first, others in ((home, synthetic), (random_home, random)))
-    return CrossArchitecture(synthetic, random, *drops)
-
-
 # ---- parts of the loop ---------------------------------------------------------------------------------------------------
 
 
@@ -386,8 +338,7 @@ def _probabilities(
 ) -> Tensor:
     """What the network is trained towards, [B, C]."""
     if training.labels == "dynamic":
-        z_BC = torch.stack([models.logits_of(teacher(x_B)) for teacher in teachers]).mean(0)
-        return target_probabilities(z_BC, training.temperature)
+        return target_probabilities(mean_logits(teachers, x_B), training.temperature)
     hard = not y.is_floating_point()
     y_BC = F.one_hot(y, logits_BC.shape[-1]).to(logits_BC.dtype) if hard else y
     return target_probabilities(y_BC if mixing is None else mixing(y_BC), training.temperature, "probabilities" if hard else training.soft)

@@ -24,6 +24,7 @@ from limbeck.evaluate.synthetic_sets import Evaluation, Evaluator, SetTraining, 
 from limbeck.evaluate.transfer import Task, TransferSpec, few_labels, held_out_loss, pretrain, transfer
 from limbeck.ingredients import Prepared, all_inputs, fits, prepare
 from limbeck.kinds.base import Kind, Measured
+from limbeck.models.outputs import mean_logits
 from limbeck.modes import evaluating
 from limbeck.report.samples import image_grid
 from limbeck.report.summary import Outcome, Picture
@@ -209,9 +210,7 @@ class DatasetKind(Kind):
     def _tasks(self, seed: int, prepared: Prepared, spec: TransferSpec) -> dict[str, Task]:
         """The labelled tasks, by name, with few labels a class. Raises InputError: one has no labels, too few, or images of another shape."""
         found = {}
-        for name, data in {"own": prepared, **{name: prepare(task, seed) for name, task in self.evaluate.tasks.items()}}.items():
-            if name == "own" and self.evaluate.tasks:
-                continue
+        for name, data in ({name: prepare(task, seed) for name, task in self.evaluate.tasks.items()} or {"own": prepared}).items():
             where, labels, tested = f"evaluate.tasks.{name}", data.train.targets, data.test.targets
             if labels is None or tested is None or data.input_shape != prepared.input_shape:
                 raise InputError(f"a task has labels, and images of shape {list(prepared.input_shape)}.", where=where)
@@ -329,8 +328,7 @@ class DatasetKind(Kind):
     @torch.no_grad()
     def _labelled(self, images: Tensor, reference: Reference) -> Tensor:
         """[M, C] the teachers' mean logits, as soft labels of real images."""
-        members = self._teachers(reference)
-        return torch.stack([models.logits_of(member(images)) for member in members]).mean(0)
+        return mean_logits(self._teachers(reference), images)
 
     def teacher_arms(self, seed: int, teacher: Any, student: nn.Module, prepared: Prepared, reference: Reference) -> list[Measured]:
         """Real images: all, drawn, nearest to centres."""

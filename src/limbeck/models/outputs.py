@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from limbeck.errors import InputError
 
@@ -24,3 +25,8 @@ def logits_of(output: Any) -> Tensor:
             fix="Return a tensor [batch, classes], or an object with 'logits'.",
         )
     return found
+
+
+def mean_logits(members: Sequence[nn.Module], inputs: Tensor) -> Tensor:
+    """(1/M) Σ_m f_m(inputs), [B, C] float32: the mean of logits, not of probabilities (arXiv 2408.06927, equation 7 of our sheet `infer`)."""
+    return torch.stack([logits_of(member(inputs)).float() for member in members]).mean(0)

@@ -12,7 +12,8 @@ from limbeck.contract import Batch, Clock, OptimiserSpec
 from limbeck.data.arrays import ArrayData
 from limbeck.errors import InputError
 from limbeck.evaluate.synthetic_sets import label_loss, target_probabilities
-from limbeck.methods.datasets.infer import ADAM, INFER, mean_logits
+from limbeck.methods.datasets.infer import ADAM, INFER
+from limbeck.models.outputs import mean_logits
 from limbeck.optimise import build_optimiser, factor, set_rate
 from limbeck.synthetic.batch_statistics import matching_loss, tapped
 from limbeck.teachers.module import EnsembleTeacher, FunctionTeacher, ModuleTeacher

@@ -13,7 +13,8 @@ from limbeck import seeds
 from limbeck.contract import Batch, Clock, OptimiserSpec, Paper, Phase, Player, Update, Workbench
 from limbeck.errors import InputError
 from limbeck.methods.datasets._base import Learned
-from limbeck.methods.datasets.infer import ADAM, INFER, InferConfig, mean_logits
+from limbeck.methods.datasets.infer import ADAM, INFER, InferConfig
+from limbeck.models.outputs import mean_logits
 from limbeck.synthetic.synthetic_set import SyntheticSet
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from limbeck import seeds
 from limbeck.components import Component
-from limbeck.contract import IGNORE, Artefact, Clock, Data, Frozen, Method, Phase, Workbench
+from limbeck.contract import IGNORE, Artefact, Data, Frozen, Method
 from limbeck.errors import InputError
 from limbeck.synthetic.selection import random_per_class
 from limbeck.synthetic.synthetic_set import SyntheticSet
@@ -78,10 +78,6 @@ class DatasetMethod(Method):
 
     # ---- what comes out -------------------------------------------------------------------------------------------
 
-    def enter(self, phase: Phase, clock: Clock, bench: Workbench) -> None:
-        """The set goes where its players are."""
-        self.synthetic.to(bench.device)
-
     def frozen(self) -> Sequence[nn.Module]:
         """The set itself, whose labels go where its images are (after a restart, too), and a teacher that is a module."""
         return [*super().frozen(), self.synthetic]
@@ -100,6 +96,6 @@ class DatasetMethod(Method):
         return Artefact("dataset", found, around=around, facts={"bytes": found.bytes()})
 
     def facts(self) -> dict[str, Any]:
-        """How many images there are, and the learned step size."""
+        """How many images there are, and the bytes of each part."""
         found: Mapping[str, Any] = self.synthetic.bytes()
         return {"images": len(self.synthetic), "bytes": found}

@@ -30,9 +30,10 @@ from torch.nn import functional as F
 from limbeck import seeds
 from limbeck.contract import Batch, Clock, Frozen, OptimiserSpec, Paper, Phase, Player, ScheduleSpec, Update, Workbench
 from limbeck.errors import InputError
+from limbeck.evaluate.predict import device_of
 from limbeck.evaluate.synthetic_sets import SetTraining
 from limbeck.methods.datasets._base import DatasetMethod, Learned
-from limbeck.models.outputs import logits_of
+from limbeck.models.outputs import logits_of, mean_logits
 from limbeck.synthetic.batch_statistics import matching_loss, tapped
 from limbeck.synthetic.budget import compensated_groups, compensated_images_per_class
 from limbeck.synthetic.hypergradient import with_gradients
@@ -102,7 +103,7 @@ class INFER(DatasetMethod):
         """Raise InputError where a teacher has no batch norm that runs, or other classes. images: [C, c, h, w]."""
         for number, member in enumerate(self.members):
             with torch.no_grad(), tapped(member) as fired:
-                logits = logits_of(member(images))
+                logits = logits_of(member(images.to(device_of(member))))
             if not fired:
                 what = f"teacher {number} runs no batch norm with running statistics."
                 raise InputError(what, where="teacher", fix="Give networks with batch norm (convnet with norm: batch, resnet20).")
@@ -177,8 +178,3 @@ class INFER(DatasetMethod):
         """Put them back."""
         with torch.no_grad():
             self.synthetic.targets.copy_(state["targets"])
-
-
-def mean_logits(members: Sequence[nn.Module], images: Tensor) -> Tensor:
-    """(1/M) Σ_m f_m(images), [B, C]: the mean of logits, not of probabilities (arXiv 2408.06927, equation 7 of our sheet)."""
-    return torch.stack([logits_of(member(images)).float() for member in members]).mean(0)
