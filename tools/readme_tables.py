@@ -26,12 +26,12 @@ def methods_table() -> str:
 
 
 def bench_table(name: str) -> str:
-    """A row a check of a benchmark: engine, records, generators, trajectories."""
+    """A row a check of a benchmark: engine, records, generators, trajectories, linear_divergence, token_training, token_records (whose values are no ratios)."""
     path = ROOT / "docs" / "evidence" / f"bench_{name}.json"
     if not path.exists():
         return "not measured yet"
     found = json.loads(path.read_text(encoding="utf-8"))
-    rows = ["| " + found["title"] + " | ratio | bound | holds |", "|---|---|---|---|"]
+    rows = ["| " + found["title"] + f" | {'value' if name == 'token_records' else 'ratio'} | bound | holds |", "|---|---|---|---|"]
     for check in found["checks"]:
         value, bound = (f"{number:.{digits}f}" if check["bound"] >= 0.01 else f"{number:.1e}" for number, digits in ((check["value"], 3), (check["bound"], 2)))
         rows.append(f"| {check['text']} | {value} | {bound} | {'yes' if check['holds'] else 'no'} |")
@@ -40,7 +40,7 @@ def bench_table(name: str) -> str:
 
 def filled(text: str) -> str:
     """The README with its marked blocks filled in."""
-    benches = {"bench": "engine", **{name: name for name in ("records", "generators", "trajectories")}}
+    benches = {"bench": "engine", **{name: name for name in ("records", "generators", "trajectories", "linear_divergence", "token_records", "token_training")}}
     tables = {"claims": methods_table(), **{mark: bench_table(name) for mark, name in benches.items()}}
     for mark, table in tables.items():
         text = re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m, t=table: f"{m.group(1)}{t}\n{m.group(2)}", text, flags=re.DOTALL)

@@ -248,6 +248,8 @@ def _normal_quantiles() -> Tensor:
 
 
 def _check_shape(inputs: Tensor, spec: AugmentSpec) -> None:
+    if inputs.dtype == torch.int64 and spec != AugmentSpec():
+        raise InputError("rows of tokens are not augmented.", where="", fix="Leave out data.augment.")
     if inputs.dim() == 4:
         return
     asked = next((name for name in ("crop", "flip", "cutout", "cutmix") if getattr(spec, name)), None)
