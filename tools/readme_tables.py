@@ -26,7 +26,7 @@ def methods_table() -> str:
 
 
 def bench_table(name: str) -> str:
-    """A row a check of a benchmark: engine, records, generators, trajectories, linear_divergence, token_training, token_records (whose values are no ratios)."""
+    """A row a check of a benchmark; the values of token_records are no ratios."""
     path = ROOT / "docs" / "evidence" / f"bench_{name}.json"
     if not path.exists():
         return "not measured yet"

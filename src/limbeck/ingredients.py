@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from limbeck.data import AugmentSpec, ViewSpec
 from limbeck.environment import available_memory
 from limbeck.errors import InputError
 from limbeck.evaluate import cost
+from limbeck.methods.classifiers.supervised import Supervised
+from limbeck.methods.language.next_token import NextToken
 from limbeck.models.weights import load_weights
 from limbeck.recipe import CompareSpec, DataSpec, EvaluateSpec, ModelSpec, Recipe, RecordRecipe, TeacherSpec
 from limbeck.records import Record, check_identity
@@ -70,8 +73,8 @@ class Ingredients:
     views: ViewSpec | None = None
     record: Callable[[Prepared], RecordTeacher] | None = None
     """Opens the recorded teacher, where the recipe has one."""
-    live: tuple[TeacherSpec, ...] = ()
-    """The networks that the record was made of, where the recipe compares with them."""
+    live: Callable[[], Ingredients] | None = None
+    """Reads what the record was made of (its recipe's `make`), where the recipe compares with that."""
     experts: TeacherSpec | None = None
     """The teacher whose weights in training are kept, where the recipe has one."""
 
@@ -228,16 +231,41 @@ def from_recipe(recipe: Recipe) -> Ingredients:
     )
 
 
-def _live(recipe: Recipe) -> tuple[TeacherSpec, ...]:
-    """The networks that the recipe's record is made of, where the recipe compares with them. Raises InputError."""
+def _live(recipe: Recipe) -> Callable[[], Ingredients] | None:
+    """Reads the recipe of the recipe's record, where the recipe compares with its networks; nothing is read yet. Raises InputError."""
     if not recipe.compare.live:
-        return ()
+        return None
     if recipe.recorded is None or recipe.recorded.make is None:
         raise InputError("only a recorded teacher that says how it is made can be had live.", where="compare.live", fix="Give teacher.record and make.")
-    try:
-        return RecordRecipe.read(recipe.recorded.make).teacher
-    except InputError as error:
-        raise error.at("teacher.make") from error
+    make = recipe.recorded.make
+
+    @cache
+    def read() -> Ingredients:
+        try:
+            return record_ingredients(RecordRecipe.read(make))
+        except InputError as error:
+            raise error.at("teacher.make") from error
+
+    return read
+
+
+def record_ingredients(recipe: RecordRecipe) -> Ingredients:
+    """What a record is made of: the teacher, with the data that it is trained on and asked about. Reads the data. Raises InputError."""
+    text = vocabulary_of(prepare(recipe.data, recipe.seed).train) is not None
+    return Ingredients(
+        name=recipe.name, seeds=(recipe.seed,), method=NextToken if text else Supervised, data=lru_cache(maxsize=2)(lambda seed: prepare(recipe.data, seed)),
+        student=_none, fresh=_none, teachers=recipe.teacher, given_teacher=None, train=TrainConfig(epochs=0), augment=recipe.data.augment,
+        evaluate=EvaluateSpec(), compare=CompareSpec(alone=False), student_spec=None, data_key=recipe.data.model_dump_json(), cpu=recipe.device == "cpu",
+    )  # fmt: skip
+
+
+def _none(prepared: Prepared, seed: int) -> nn.Module:
+    raise AssertionError("a record has no student")
+
+
+def work_folder(url: str) -> Path | None:
+    """Where teachers that were trained for a record are kept: beside it, for a record holds nothing else; None for an address."""
+    return None if "://" in url else Path(url).with_name(f".{Path(url).name}.work")
 
 
 @dataclass(frozen=True)

@@ -19,23 +19,21 @@ from limbeck.contract import Batch, validated
 from limbeck.data import AugmentSpec, Views, ViewSpec
 from limbeck.errors import InputError, suggestion
 from limbeck.evaluate import cost
-from limbeck.ingredients import Ingredients, Prepared, data_identity, network, prepare, vocabulary_of, width
+from limbeck.ingredients import Prepared, data_identity, network, prepare, record_ingredients, tokenizer_of, vocabulary_of, width, work_folder
 from limbeck.language.models import LanguageModel
 from limbeck.language.sources import ModelSource
 from limbeck.losses.scores import RECORDED
-from limbeck.methods.classifiers.supervised import Supervised
-from limbeck.methods.language.next_token import NextToken
 from limbeck.models import taps
 from limbeck.models.weights import fingerprint
-from limbeck.recipe import CompareSpec, EvaluateSpec, Recipe, RecordRecipe, RecordSpec
-from limbeck.recording_tokens import TokenRecorder
-from limbeck.records import Codec, Field, Part, Record, RecordWriter, Task, TokenCodec, codec_from
+from limbeck.recipe import Recipe, RecordRecipe, RecordSpec
+from limbeck.recording_tokens import TokenRecorder, checked_tokens, no_views
+from limbeck.records import Codec, Field, Part, Record, RecordWriter, Task, check_identity, codec_from
 from limbeck.records.stores import store_for
 from limbeck.records.writer import load_index, load_manifest
 from limbeck.runner import Runner, Style, rank, start_processes
 from limbeck.teachers import as_teacher
 from limbeck.teachers.recorded import combined
-from limbeck.train import TrainConfig, locked, parallel
+from limbeck.train import locked, parallel
 from limbeck.train.progress import Progress, Silent, choose
 
 
@@ -67,27 +65,27 @@ def record_teacher(
         module.to(device)
     recorder: _Recorder | TokenRecorder
     if isinstance(teacher, ModelSource):
-        if views != ViewSpec(count=1) or augment != AugmentSpec():
-            raise InputError("text has no views.", where="data.views", fix="Leave out data.views and data.augment.")
+        no_views(views, augment)
         recorder = TokenRecorder(teacher, prepared, spec, device)
     else:
         recorder = _Recorder(teacher, module, prepared, Views(views, augment, prepared.train), spec, device)
+    identity = {
+        "teacher": {"fingerprint": "" if module is None else fingerprint(module), "members": recorder.members},
+        **_asked(spec, prepared, views, augment),
+        "tokenizer": recorder.tokenizer,
+    }
+    if isinstance(recorder, TokenRecorder):
+        recorder.settle(url, identity, rank, world)
+        identity["codec"] = recorder.codec.identity()
+    else:
+        identity["codec"] = recorder.codec.spec()
+    if rank:
+        accelerator.wait_for_everyone()  # until the first process has written the manifest, which this one is then compared with
     writer = RecordWriter(
-        url,
-        identity={
-            "teacher": {"fingerprint": "" if module is None else fingerprint(module), "members": recorder.members},
-            "data": data_identity(prepared, test=spec.test),
-            "views": views.policy(augment),
-            "codec": recorder.codec.identity() if isinstance(recorder.codec, TokenCodec) else recorder.codec.spec(),
-            "contents": {"features": list(spec.features), "scores": list(spec.scores), "members": spec.members, "batch_size": spec.batch_size},
-            "tokenizer": recorder.tokenizer,
-        },
-        about=recorder.about(),
-        parts=recorder.parts(),
-        shard_rows=spec.shard_rows,
-        rank=rank,
-        world=world,
-    )
+        url, identity=identity, about=recorder.about(), parts=recorder.parts(), shard_rows=spec.shard_rows, rank=rank, world=world
+    )  # fmt: skip
+    if world > 1 and not rank:
+        accelerator.wait_for_everyone()
     tasks = list(writer.pending())  # of a finished record those that are missing or damaged
     if any(parallel.agree([int(bool(tasks) or not writer.complete)], device, world)):
         chunks = _Chunks(recorder, tasks, spec.batch_size)
@@ -113,6 +111,15 @@ def record_teacher(
         if world > 1:
             accelerator.wait_for_everyone()
     return Record.open(url)
+
+
+def _asked(spec: RecordSpec, prepared: Prepared, views: ViewSpec, augment: AugmentSpec) -> dict[str, Any]:
+    """The part of a record's identity that is known without its teacher, codec and tokenizer aside."""
+    return {
+        "data": data_identity(prepared, test=spec.test),
+        "views": views.policy(augment),
+        "contents": {"features": list(spec.features), "scores": list(spec.scores), "members": spec.members, "batch_size": spec.batch_size},
+    }
 
 
 def checked(spec: RecordSpec, prepared: Prepared) -> Codec:
@@ -294,17 +301,9 @@ def record(
 def _from_recipe(recipe: RecordRecipe, output: str | Path | None, style: Style) -> Record:
     url = str(output) if output is not None else f"records/{recipe.name}"
     start_processes(cpu=recipe.device == "cpu")
-    tokens = vocabulary_of(prepare(recipe.data, recipe.seed).train)
-    parts = Ingredients(
-        name=recipe.name, seeds=(recipe.seed,), method=Supervised if tokens is None else NextToken, data=lambda seed: prepare(recipe.data, seed),
-        student=_none, fresh=_none,
-        teachers=recipe.teacher, given_teacher=None, train=TrainConfig(epochs=0), augment=recipe.data.augment, evaluate=EvaluateSpec(),
-        compare=CompareSpec(alone=False), student_spec=None, data_key=recipe.data.model_dump_json(), cpu=recipe.device == "cpu",
-    )  # fmt: skip
+    parts = record_ingredients(recipe)
     runner = Runner(parts, None, style=style)
-    local = "://" not in url
-    folder = Path(url) if local else None
-    work = None if folder is None else folder.with_name(f".{folder.name}.work")  # lock, and teachers trained here: a record holds nothing else
+    work = work_folder(url)
     if work is not None:
         try:
             work.mkdir(parents=True, exist_ok=True)
@@ -313,8 +312,12 @@ def _from_recipe(recipe: RecordRecipe, output: str | Path | None, style: Style) 
     with locked(work) if work is not None and rank() == 0 else nullcontext():
         try:
             prepared = parts.data(recipe.seed)
-            if tokens is None:
+            views = recipe.data.views or ViewSpec(count=1)
+            if vocabulary_of(prepared.train) is None:
                 checked(recipe.record, prepared)
+            else:
+                no_views(views, recipe.data.augment)
+                checked_tokens(recipe.record, prepared, prepared.num_classes)
             example = prepared.train.prepare(prepared.train.fetch(torch.zeros(1, dtype=torch.int64))[0])
             for index, spec in enumerate(recipe.teacher):
                 where = "teacher" if len(recipe.teacher) == 1 else f"teacher.{index}"
@@ -322,7 +325,6 @@ def _from_recipe(recipe: RecordRecipe, output: str | Path | None, style: Style) 
             runner.cache = work
             teacher, _ = runner.teacher(prepared, recipe.seed)
             assert teacher is not None
-            views = recipe.data.views or ViewSpec(count=1)
             return record_teacher(
                 teacher, prepared, url, views=views, augment=recipe.data.augment, spec=recipe.record, progress=choose(style if rank() == 0 else "quiet"),
                 cpu=parts.cpu,
@@ -334,27 +336,56 @@ def _from_recipe(recipe: RecordRecipe, output: str | Path | None, style: Style) 
 
 
 def ensure(recipe: Recipe, style: Style = "quiet") -> None:
-    """Make the record that a recipe's teacher names, by its `make`, where it is not there or not finished.
+    """Make the record that a recipe's teacher names, by its `make`, where it is not there, not finished or has fewer views.
 
     Raises:
-        InputError: the record recipe is wrong.
+        InputError: the record recipe is wrong, or a finished record is of something else, as far as that is known without the teacher; names the field.
     """
     spec = recipe.recorded
     if spec is None or spec.make is None:
         return
     assert spec.record is not None
     try:
-        if not finished(spec.record):
-            record(spec.make, output=spec.record, style=style)
+        if finished(spec.record):
+            if not Path(spec.make).is_file():  # the record alone was brought here, and says all that a run needs
+                return
+            with cost.torch_threads((found := RecordRecipe.read(spec.make)).threads):
+                if _agrees(found, spec.record):
+                    return
+        record(spec.make, output=spec.record, style=style)
     except InputError as error:
         raise error.at("teacher.make") from error
+
+
+def _agrees(recipe: RecordRecipe, url: str) -> bool:
+    """Whether a finished record is all that a recipe asks for; False where views are missing.
+
+    Codec, data and samples, views, contents and tokenizer are compared; the teacher, which would have to be loaded, and the codec's prior are not.
+
+    Raises:
+        InputError: the record is of something else.
+    """
+    prepared = prepare(recipe.data, recipe.seed)
+    kept, views = Record.open(url), recipe.data.views or ViewSpec(count=1)
+    recorded = {name: value for name, value in kept.identity.items() if name != "teacher"}
+    wanted = _asked(recipe.record, prepared, views, recipe.data.augment)
+    if vocabulary_of(prepared.train) is None:
+        codec, tokenizer = checked(recipe.record, prepared).spec(), recipe.record.tokenizer
+    else:
+        no_views(views, recipe.data.augment)
+        codec, tokenizer = checked_tokens(recipe.record, prepared, prepared.num_classes).identity(), tokenizer_of(prepared)
+        own = {"prior", "vocabulary"}  # what recording learns of the teacher
+        codec = {name: value for name, value in codec.items() if name not in own}
+        recorded["codec"] = {name: value for name, value in recorded["codec"].items() if name not in own}
+    check_identity(recorded, {"codec": codec, **wanted, "tokenizer": tokenizer})
+    for name, data in {"train": prepared.train, "test": prepared.test}.items():
+        if name in kept.parts and not np.array_equal(kept.parts[name].ids, datasets.origins(data).numpy()):
+            what = f"the record is of {len(kept.parts[name]):,} {name} samples, the recipe asks for {len(data):,}, not all of them the same."
+            raise InputError(what, where="data", fix="Use the record that belongs to this recipe, or record again into another folder.")
+    return kept.parts["train"].views >= views.count
 
 
 def finished(url: str) -> bool:
     """Whether a whole record lies there. Raises InputError where what lies there is damaged."""
     store = store_for(url)
     return load_manifest(store) is not None and load_index(store) is not None
-
-
-def _none(prepared: Prepared, seed: int) -> nn.Module:
-    raise AssertionError("a record has no student")

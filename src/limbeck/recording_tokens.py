@@ -1,8 +1,9 @@
-"""Rows of a record of language models: k ids and log-probabilities a position, and the codec's prior (used by `recording`)."""
+"""Rows of a record of language models: k ids and log-probabilities a position, and the codec's prior, which all processes share (used by `recording`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,47 @@ from torch import Tensor
 
 from limbeck import data as datasets
 from limbeck.contract import Batch
+from limbeck.data import AugmentSpec, ViewSpec
 from limbeck.errors import InputError
 from limbeck.evaluate import cost
 from limbeck.ingredients import Prepared, tokenizer_of
 from limbeck.language.sources import ModelSource
 from limbeck.language.tokens import TokenBatch
 from limbeck.recipe import RecordSpec
-from limbeck.records import Field, Part, TokenCodec, TopRows, token_codec
+from limbeck.records import CODECS, TOKEN_CODECS, Field, Part, TokenCodec, TopRows, check_identity, token_codec_from
+from limbeck.records.stores import store_for
+from limbeck.records.writer import load_manifest
+from limbeck.train import parallel
 
 CHUNK = 512
 """Positions whose probabilities over the vocabulary are held at once."""
+
+
+def checked_tokens(spec: RecordSpec, prepared: Prepared, vocabulary: int) -> TokenCodec:
+    """The codec of a record section for text, without its prior. Raises InputError where section and data do not fit; no teacher is needed for that.
+
+    vocabulary: where the section names none.
+    """
+    name = str(spec.codec)
+    if name not in TOKEN_CODECS:
+        what = f"the codec '{name}' keeps logits of classes, not text." if name in CODECS else f"there is no token codec '{name}'."
+        raise InputError(what, where="record.codec.name", fix="Use compact or plain_topk: codec: {name: compact, k: 50}, say.")
+    codec = token_codec_from({"vocabulary": vocabulary, "name": name, **spec.codec.args}, where="record.codec")
+    for unwanted in ("features", "scores"):
+        if getattr(spec, unwanted):
+            raise InputError(f"{unwanted} are not recorded of language models.", where=f"record.{unwanted}", fix="Leave them out.")
+    if spec.members:
+        raise InputError("of several language models the mean of their probabilities is recorded.", where="record.members", fix="Leave it out.")
+    tokenizer = tokenizer_of(prepared)
+    if spec.tokenizer is not None and spec.tokenizer != tokenizer:
+        raise InputError(f"the data's tokenizer is {tokenizer}, the recipe expects {spec.tokenizer}.", where="record.tokenizer")
+    return codec
+
+
+def no_views(views: ViewSpec, augment: AugmentSpec) -> None:
+    """Raise InputError for views of text."""
+    if views != ViewSpec(count=1) or augment != AugmentSpec():
+        raise InputError("text has no views.", where="data.views", fix="Leave out data.views and data.augment.")
 
 
 class TokenRecorder:
@@ -30,40 +62,55 @@ class TokenRecorder:
 
     def __init__(self, source: ModelSource, prepared: Prepared, spec: RecordSpec, device: torch.device) -> None:
         self.source, self.prepared, self.spec, self.device = source, prepared, spec, device
-        for name in ("features", "scores"):
-            if getattr(spec, name):
-                raise InputError(f"{name} are not recorded of language models.", where=f"record.{name}", fix="Leave them out.")
-        if spec.members:
-            raise InputError("of several language models the mean of their probabilities is recorded.", where="record.members", fix="Leave it out.")
-        tokenizer = tokenizer_of(prepared)
-        if spec.tokenizer is not None and spec.tokenizer != tokenizer:
-            raise InputError(f"the data's tokenizer is {tokenizer}, the recipe expects {spec.tokenizer}.", where="record.tokenizer")
-        self.tokenizer, self.length = tokenizer, prepared.input_shape[-1]
-        self.k = self._entries()
-        self.codec = self._fitted()
+        self.codec = checked_tokens(spec, prepared, source.vocabulary)  # a network may know more tokens than the tokenizer has
+        try:
+            self.codec.check(source.vocabulary)
+        except InputError as error:
+            raise error.at("record.codec") from error
+        self.tokenizer, self.length, self.k = tokenizer_of(prepared), prepared.input_shape[-1], self.codec.k
 
-    def _entries(self) -> int:
-        """k, checked before anything is run."""
-        k = self.spec.codec.args.get("k")
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.source.vocabulary:
-            raise InputError(f"'k' is {k!r}.", where="record.codec.k", fix=f"Give the entries a position that are kept, 1 to {self.source.vocabulary:,}.")
-        return k
+    def settle(self, url: str | Path, identity: Mapping[str, Any], rank: int, world: int) -> None:
+        """Give the codec its prior, where it needs one: the one of the record that is there, or one that the first process fits for all.
+
+        identity: what the record is of, the codec aside.
+
+        Raises:
+            InputError: there lies a record of something else (naming the first field that differs), or no prior can be fitted.
+        """
+        if not self.codec.needs_prior:
+            return
+        told: tuple[dict[str, Any] | None, tuple[str, str, str]] = (None, ("", "", ""))
+        if rank == 0:
+            try:
+                told = ((self._recorded(url, identity) or self._fitted()).spec(), told[1])
+            except InputError as error:
+                told = (None, (error.what, error.where, error.fix))
+        spec, (what, where, fix) = parallel.tell(told, world)
+        if spec is None:
+            raise InputError(what, where=where, fix=fix)
+        self.codec = token_codec_from(spec, where="record.codec")
+
+    def _recorded(self, url: str | Path, identity: Mapping[str, Any]) -> TokenCodec | None:
+        """The codec, with its prior, of the record that lies there; None where there is none. Raises InputError: it is of something else."""
+        store = store_for(url)
+        manifest = load_manifest(store)
+        if manifest is None:
+            return None
+        kept = dict(manifest["identity"])
+        if isinstance(kept.get("codec"), Mapping):
+            kept["codec"] = {name: value for name, value in kept["codec"].items() if name != "prior"}
+        own = {name: value for name, value in self.codec.identity().items() if name != "prior"}
+        check_identity(kept, {**identity, "codec": own}, where=store.url)
+        return token_codec_from(manifest["parts"]["train"]["fields"]["tokens"]["codec"], where=store.url)
 
     def _fitted(self) -> TokenCodec:
-        """The codec; its prior comes from the teacher's own answers on rows spread evenly over the training text."""
-        spec = {"name": str(self.spec.codec), **self.spec.codec.args}
-        try:
-            found = token_codec(spec, vocabulary=self.source.vocabulary, where="record.codec")
-        except InputError as error:
-            raise error from None
-        if not found.needs_prior:
-            return found
+        """The codec with a prior from the teacher's own answers on rows spread evenly over the training text."""
         rows = min(len(self.prepared.train), max(1, -(-self.spec.prior_rows // self.length)))
         positions = torch.linspace(0, len(self.prepared.train) - 1, rows, dtype=torch.float64).round().to(torch.int64).unique()
         kept = [self.rows("train", *self.batch("train", part, 0)) for part in positions.split(self.spec.batch_size)]
         present = np.concatenate([one["present"] for one in kept])
         ids, logp = (np.concatenate([one[name] for one in kept])[present] for name in ("ids", "logp"))
-        return found.fit(ids, logp)
+        return self.codec.fit(ids, logp)
 
     def batch(self, part: str, positions: Tensor, view: int) -> tuple[Batch, dict[str, Tensor]]:
         """Rows of the training or the test text."""

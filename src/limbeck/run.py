@@ -114,7 +114,7 @@ def _kept_student(parts: Ingredients, folder: Path) -> nn.Module:
         return artefacts.load(folder, trust_imports=any(part.target is not None for part in rebuild.within(parts.student_spec.model)))
     prepared = parts.data(parts.seeds[0])
     method = parts.method()
-    if method.produces == "classifier":
+    if method.produces in ("classifier", "language_model"):
         return artefacts.load(folder, model=parts.student(prepared, 0))
     method.bind(  # the artefact is the generator around the student
         student=parts.student(prepared, 0), teacher=parts.given_teacher, train=prepared.train, num_classes=prepared.num_classes, seed=parts.seeds[0]
@@ -320,7 +320,7 @@ def distill(
                 "augment": (augment or AugmentSpec()).model_dump(mode="json"),
                 "student": [type(student).__name__, [[name, list(value.shape)] for name, value in student.state_dict().items()]],
                 "views": None if views is None else views.model_dump(mode="json"),
-                "teacher": _identity(given) if recorded is None else recorded.identity["teacher"],
+                "teacher": _identity(given) if recorded is None else [recorded.identity["teacher"], recorded.identity["codec"]],
                 "data": [_data_identity(part) for part in (train_data, test_data, prepared.validation)],
             }
         ),

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,9 @@ from limbeck.data import AugmentSpec, BatchPlan, Views
 from limbeck.errors import InputError
 from limbeck.evaluate import cost
 from limbeck.export import folder as artefacts
-from limbeck.ingredients import Ingredients, PlannedExperts, Prepared, all_inputs, make_method, network, prepare
+from limbeck.ingredients import Ingredients, PlannedExperts, Prepared, all_inputs, make_method, network, prepare, work_folder
 from limbeck.kinds import Kind, Measured, kind_of
+from limbeck.models.weights import fingerprint
 from limbeck.recipe import ModelSpec, TeacherSpec
 from limbeck.report.summary import Curve, Outcome, Picture
 from limbeck.synthetic.experts import train_experts
@@ -128,7 +130,7 @@ class Runner:
             if spec.train is not None:
                 base = prepared if spec.data is None else self._other_data(spec, prepared, seed, where)
                 self._rehearse(self._first_method(spec), members[-1], base, seed, spec.train, None, where)
-        for spec in parts.live:
+        for spec in () if parts.live is None else parts.live().teachers:
             kind.fits(network(spec, prepared, 0, "teacher.make"), example, prepared, "teacher.make")
         teacher = parts.given_teacher if parts.given_teacher is not None else kind.teacher(members) if members else None
         if parts.record is not None:
@@ -147,6 +149,8 @@ class Runner:
             prepared = self._bind(method, student, prepared, seed, teacher, test=False)
         except InputError as error:
             raise (error.at("method") if error.where.split(".")[0] in type(method.config).model_fields else error) from error
+        if config.sharding == "fsdp2" and method.reads_text:
+            raise InputError("encoders cannot be sharded yet.", where=f"{where}.train.sharding".lstrip("."), fix="Use 'none'.")
         if config.sharding == "fsdp2" and len(list(method.phases())) > 1:
             raise InputError("methods of several phases cannot be sharded.", where=f"{where}.train.sharding".lstrip("."), fix="Use 'none'.")
         try:
@@ -238,30 +242,77 @@ class Runner:
         return self._networks(parts.teachers, prepared, seed)
 
     def live(self, prepared: Prepared, seed: int) -> tuple[Any, Any]:
-        """The networks that a record was made of, as `teacher` gives them."""
-        return self._networks(self.parts.live, prepared, seed)
+        """The networks that a record was made of, as `teacher` gives them; one for all seeds.
+
+        They are made as recording makes them: on the data, with the augmentation and from the seed of the record's recipe; those that it kept are taken.
+
+        Raises:
+            InputError: they are not what was recorded.
+        """
+        if "live" not in self._teachers:
+            assert self.parts.live is not None
+            assert self.parts.record is not None
+            made, record = self.parts.live(), self.parts.record(prepared).record
+            maker = Runner(made, None, cache=self._taken_over(record.url), style=self.style)
+            members = maker._members(made.teachers, made.data(made.seeds[0]), made.seeds[0])
+            own, known = fingerprint(maker.kind.teacher(members)), str(record.identity["teacher"]["fingerprint"])
+            if own != known:
+                raise InputError(
+                    f"the record is of the teacher {known[:12]}…, the networks that the recipe in teacher.make makes are {own[:12]}….",
+                    where="compare.live",
+                    fix="Name the recipe that the record was made by in teacher.make, record again into another folder, or leave compare.live out.",
+                )
+            teacher = self.kind.teacher(members)
+            self._to_device(teacher)
+            self._teachers = {"live": (teacher, self.reference(teacher, prepared))}
+        return self._teachers["live"]
+
+    def _taken_over(self, url: str) -> Path:
+        """Where a record's teachers are kept for this run; those that recording trained and kept beside the record are copied there."""
+        shared = self.cache or (None if self.folder is None else self.folder / "recorded-teacher")
+        if shared is None:
+            self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="limbeck-teacher-")
+        place = shared or Path(self._scratch.name if self._scratch is not None else "")
+        beside = work_folder(url)
+        if beside is not None and (rank() == 0 or shared is None):
+            for kept in sorted(beside.glob("teacher-*/artefact")):
+                target = place / kept.parent.name / "artefact"
+                if not target.exists():
+                    part = target.with_name(".artefact.part")
+                    shutil.copytree(kept, part, dirs_exist_ok=True)
+                    part.rename(target)
+        barrier()
+        return place
 
     def _networks(self, specs: Sequence[TeacherSpec], prepared: Prepared, seed: int) -> tuple[Any, Any]:
-        parts = self.parts
         own = [seed if spec.seed is None else spec.seed for spec in specs]
         key = json.dumps(own)
         if key not in self._teachers:
-            members = []
-            for index, (spec, of) in enumerate(zip(specs, own, strict=True)):
-                where = "teacher" if len(specs) == 1 else f"teacher.{index}"
-                name = "teacher" if len(specs) == 1 else f"teacher-{index + 1}"
-                place = 0 if spec.seed is not None else index  # a seed of its own makes the same network wherever it stands
-                module = network(spec, self._shaping(spec, prepared, of, where), seeds.derive(of, "teacher", place), where)
-                if spec.train is not None:
-                    shared = spec.seed is not None
-                    base = self._other_data(spec, prepared, of, where) if spec.data is not None else parts.data(of) if shared else prepared
-                    module = self._beforehand(spec, module, base, of, name, self.folder if shared else self._place(seed), teacher=None)
-                members.append(module)
-            teacher = self.kind.teacher(members)
-            if isinstance(teacher, nn.Module) and not parts.cpu:
-                teacher.to(parallel.accelerator("no", cpu=False).device)  # where its student will be trained and compared with it
+            teacher = self.kind.teacher(self._members(specs, prepared, seed))
+            self._to_device(teacher)
             self._teachers = {key: (teacher, self.reference(teacher, prepared))}
         return self._teachers[key]
+
+    def _members(self, specs: Sequence[TeacherSpec], prepared: Prepared, seed: int) -> list[nn.Module]:
+        """The networks that teacher sections name, trained beforehand where they say so."""
+        members = []
+        for index, spec in enumerate(specs):
+            of = seed if spec.seed is None else spec.seed
+            where = "teacher" if len(specs) == 1 else f"teacher.{index}"
+            name = "teacher" if len(specs) == 1 else f"teacher-{index + 1}"
+            place = 0 if spec.seed is not None else index  # a seed of its own makes the same network wherever it stands
+            module = network(spec, self._shaping(spec, prepared, of, where), seeds.derive(of, "teacher", place), where)
+            if spec.train is not None:
+                shared = spec.seed is not None
+                base = self._other_data(spec, prepared, of, where) if spec.data is not None else self.parts.data(of) if shared else prepared
+                module = self._beforehand(spec, module, base, of, name, self.folder if shared else self._place(seed), teacher=None)
+            members.append(module)
+        return members
+
+    def _to_device(self, teacher: Any) -> None:
+        """To where its student will be trained and compared with it."""
+        if isinstance(teacher, nn.Module):
+            teacher.to(parallel.accelerator("no", cpu=self.parts.cpu).device)
 
     def _experts(self, spec: TeacherSpec, prepared: Prepared, seed: int) -> Trajectories:
         """Students trained on the real data, their weights after every epoch; where they lie already they are opened, those that are missing trained."""
@@ -421,6 +472,8 @@ class Runner:
             prepared = replace(prepared, train=datasets.subset(prepared.train, labelled), pool=None)
         if isinstance(teacher, RecordTeacher):
             teacher = teacher.attach(prepared.train)
+        if teacher is not None and method.needs_teacher:
+            self.kind.together(student, teacher)
         method.bind(
             student=student,
             teacher=teacher,

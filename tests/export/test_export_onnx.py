@@ -125,6 +125,42 @@ def test_a_folder_is_not_overwritten_by_a_file(tmp_path):
         export_onnx(nn.Linear(2, 2), (2,), tmp_path)
 
 
+def texts_artefact(folder, component, kind, num_classes):
+    """An artefact of rows of 6 tokens."""
+    module = build_model(component, num_classes=num_classes, input_shape=(2, 6), seed=0)
+    save(Artefact(kind, module), folder, model=component, num_classes=num_classes, input_shape=(2, 6), preprocess={"tokenizer": "minilm", "length": 6},
+         classes=(), extra={})  # fmt: skip
+    return module.eval()
+
+
+def test_a_text_encoder_takes_ids_and_mask(tmp_path):
+    pytest.importorskip("transformers")
+    module = texts_artefact(tmp_path / "a", Component(name="text_transformer", args={"vocabulary": 31, "width": 4, "layers": 1}), "classifier", 3)
+    report = export(tmp_path / "a", "onnx")
+    session = onnxruntime.InferenceSession(report.path)
+    [given] = session.get_inputs()
+    assert (given.name, given.type, given.shape[1:]) == ("input", "tensor(int64)", [2, 6])
+    ids = torch.arange(5 * 6).view(5, 6)
+    mask = (torch.arange(6)[None] < torch.tensor([6, 1, 3, 6, 2])[:, None]).long()  # padding is heeded, too
+    inputs = torch.stack((ids, mask), 1)
+    [found] = session.run(None, {"input": inputs.numpy()})
+    assert (torch.from_numpy(found) - module(inputs)).abs().max() < 1e-5
+    whole = torch.stack((ids, torch.ones_like(mask)), 1)
+    assert (module(whole) - module(inputs)).abs().max() > 1e-4
+    assert (torch.from_numpy(session.run(None, {"input": whole.numpy()})[0]) - module(whole)).abs().max() < 1e-5
+
+
+def test_language_models_and_unknown_readers_of_text_are_refused_in_words(tmp_path):
+    pytest.importorskip("transformers")
+    texts_artefact(tmp_path / "lm", Component(name="decoder", args={"layers": 1, "width": 8, "heads": 2}), "language_model", 31)
+    with pytest.raises(InputError, match="Decoder is a language model") as caught:
+        export(tmp_path / "lm", "onnx")
+    assert "--to hf" in str(caught.value.fix)
+    with pytest.raises(InputError, match="Linear reads tokens"):
+        export_onnx(nn.Linear(6, 2), (2, 6), tmp_path / "m.onnx", preprocess={"tokenizer": "bytes"})
+    assert [path.name for path in tmp_path.iterdir()] == ["lm"]
+
+
 def test_importing_limbecks_export_does_not_import_onnx():
     code = "import limbeck.export.onnx, sys; sys.exit(any(m.split('.')[0] in ('onnx', 'onnxruntime', 'onnxscript', 'transformers') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -134,6 +170,6 @@ def test_every_checked_batch_counts(monkeypatch, tmp_path):
     """The bound looks at the largest difference over all batch sizes, not at the last."""
     seen = []
     real = onnx_module._inputs
-    monkeypatch.setattr(onnx_module, "_inputs", lambda size, shape: seen.append(size) or real(size, shape))
+    monkeypatch.setattr(onnx_module, "_inputs", lambda module, size, shape: seen.append(size) or real(module, size, shape))
     export_onnx(nn.Linear(2, 2), (2,), tmp_path / "m.onnx")
     assert seen == [2, 1, 3, 8]  # the example, then the checks

@@ -146,3 +146,75 @@ def test_objects_without_a_recipe() -> None:
 
 def test_every_kind_says_what_it_is() -> None:
     assert {name: kind.name for name, kind in KINDS.items()} == {name: name for name in KINDS}
+
+
+def llama(vocabulary: int) -> dict[str, Any]:
+    shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return {"name": "causal_lm", "model": {**shape, "vocab_size": vocabulary}}
+
+
+def test_a_teacher_with_a_padded_vocabulary_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    plan = recipe(teacher={"model": llama(264)})
+    with pytest.raises(InputError, match="264 tokens, the student of 257"):
+        limbeck.distill(Recipe.parse(plan), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    both = recipe(teacher={"model": llama(264)}, student={"model": llama(264)}, compare={"alone": False})
+    assert limbeck.distill(Recipe.parse(both), run=tmp_path / "both").metrics["kl_to_teacher"] >= 0
+
+
+def test_a_divergence_that_a_records_policy_makes_infinite_is_refused_at_once(tmp_path: Path) -> None:
+    plan = recorded(tmp_path, {"name": "plain_topk", "k": 8})
+    plan["method"] = {"name": "token_kd", "divergence": "reverse_kl", "tail": "renorm_teacher"}
+    with pytest.raises(InputError, match="infinite"):
+        limbeck.distill(Recipe.parse(plan), run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_language_models_are_not_sharded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sharded"):
+        limbeck.distill(Recipe.parse(recipe(train={"steps": 1, "sharding": "fsdp2"})), run=tmp_path / "run")
+
+
+def test_an_encoder_that_does_not_know_the_tokens_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    small = {"name": "text_transformer", "layers": 1, "width": 16, "heads": 2}
+    plan = recipe(
+        method={"name": "kd"},
+        teacher={"model": small | {"vocabulary": 257}},
+        student={"model": small | {"vocabulary": 100}},
+        data={"source": {"name": "python_manual_topics", "length": 16}},
+    )
+    with pytest.raises(InputError, match="knows 100 tokens"):
+        limbeck.distill(Recipe.parse(plan), run=tmp_path / "run")
+
+
+def test_a_finished_run_of_objects_is_read_back(tmp_path: Path) -> None:
+    from limbeck.language.decoder import decoder
+    from limbeck.language.manual import python_manual
+
+    text = python_manual(tokenizer="bytes", length=16)
+    data = tuple(datasets.stratified_subset(part, 64, 0) for part in (text.train, text.test))
+    torch.manual_seed(0)
+    teacher, student = (decoder(257, (2, 16), layers=1, width=width, heads=1) for width in (16, 8))
+    kept = limbeck.record(teacher=teacher, data=data, settings={"codec": {"name": "plain_topk", "k": 8}, "batch_size": 16}, output=tmp_path / "record")
+    first, second = (limbeck.distill(teacher=kept, student=student, data=data, train={"steps": 2, "batch_size": 8}, run=tmp_path / "run") for _ in range(2))
+    assert first.metrics == second.metrics
+    assert first.metrics["kl_to_teacher_kept"] > 0
+
+
+def test_prompts_are_measured_at_their_answers_too(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"{a} and {b}", "answer": str(a + b)}) for a in range(6) for b in range(6)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    source = {"name": "prompts", "train": str(tmp_path / "sums.jsonl"), "tokenizer": "bytes", "length": 32}
+    found = limbeck.distill(Recipe.parse(recipe(data={"source": source}, train={"steps": 2, "batch_size": 4}, compare={"alone": False})), run=tmp_path / "run")
+    assert found.metrics["answer_trust"] == pytest.approx(found.metrics["answer_accuracy"] - found.metrics["answer_ece"])
+    assert found.metrics["training_tokens"] < 2 * 4 * 32
+
+
+def test_the_command_line_says_what_a_record_of_text_holds(tmp_path: Path) -> None:
+    recorded(tmp_path, {"name": "compact", "k": 8})
+    done = command("record", tmp_path / "make.yaml", "--output", tmp_path / "record", "--quiet")
+    assert done.code == 0, done.err
+    assert "96 rows of 24 positions, 2,304 with a target, codec compact, k = 8" in done.out
+    assert "bytes a token" in done.out

@@ -1,6 +1,7 @@
 """The law of the capacity gap: planted laws come back, noise stays inside the interval, edges are told from optima."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,42 @@ def test_the_published_law() -> None:
     assert PAPER.recommend(2700).value == pytest.approx(6733.1, abs=0.1)  # a LLaMA2-7B for 2.7 billion
     assert PAPER.max_student(6738).value == pytest.approx(2702, abs=1)
     assert PAPER.recommend(100).low is None
+
+
+@pytest.mark.parametrize("how", ["surface", "bins"])
+@pytest.mark.parametrize("score", ["largest", "smallest"])
+def test_a_law_that_does_not_rise_has_no_student_for_a_teacher(how: Any, score: str) -> None:
+    """The largest teacher tried (or the smallest) is the best for every student: slope 0, also but for rounding."""
+    S, T = [s for s in (1.0, 2.0, 4.0) for _ in range(3)], [5.0, 10.0, 20.0] * 3
+    law = fit(S, T, [math.log(t) if score == "largest" else -math.log(t) for t in T], how=how)
+    assert law.slope == pytest.approx(0, abs=1e-12)
+    assert law.recommend(3.0).value == pytest.approx(20.0 if score == "largest" else 5.0)
+    for teacher in (3.0, 10.0, 30.0):
+        with pytest.raises(InputError, match="does not rise"):
+            law.max_student(teacher)
+    with pytest.raises(InputError, match="does not rise"):
+        replace(PAPER, slope=-1.0, intercept=50.0).max_student(20.0)  # 30: more than the law's best student for it, not "at most"
+
+
+def test_draws_that_do_not_rise_leave_the_largest_student_without_bound() -> None:
+    slopes = torch.linspace(1.0, 3.0, 200, dtype=torch.float64)
+    law = replace(PAPER, slope=2.0, intercept=0.0, slopes=slopes, intercepts=torch.zeros(200, dtype=torch.float64))
+    found = law.max_student(6.0)
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 2.0339, 5.7163), rel=1e-3)
+    flat = slopes.clone()
+    flat[:20] = 0.0  # (6 - 0) / 0, and a tenth of the draws
+    found = replace(law, slopes=flat).max_student(6.0)
+    assert found.value == 3.0
+    assert found.low == pytest.approx(2.0339, rel=1e-2)
+    assert found.high == math.inf
+    mixed = torch.where(torch.arange(200) < 20, 6.0, 0.0).double()
+    assert replace(law, slopes=flat, intercepts=mixed).max_student(6.0).high == math.inf  # 0 / 0
+
+
+def test_an_unknown_way_is_no_other_way() -> None:
+    with pytest.raises(InputError, match="'surfaces'") as caught:
+        fit(*planted(), how="surfaces")
+    assert "'surface'" in str(caught.value.fix)
 
 
 def test_runs_out_of_which_no_law_can_be_had() -> None:

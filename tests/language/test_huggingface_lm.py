@@ -1,6 +1,8 @@
 import copy
+import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -237,12 +239,49 @@ def test_a_gguf_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.Monkey
         second.model.norm.weight.zero_()  # training writes into its own memory, not into the cache
     torch.testing.assert_close(huggingface.from_gguf(parts).model.norm.weight, first.model.norm.weight, atol=0, rtol=0)
     (weights,) = (tmp_path / "cache").rglob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[:100])
-    huggingface.from_gguf(parts)
-    assert len(calls) == 2
-    assert len(huggingface.from_gguf(parts).state_dict()) == len(first.state_dict())
-    assert len(calls) == 2
+    whole, config = weights.read_bytes(), weights.parent / "config.json"
+    sums = json.loads((weights.parent / "sums.json").read_text())
+    assert sums[weights.name] == {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+
+    def flipped() -> None:  # one bit of the last number: the file opens as ever
+        weights.write_bytes(whole[:-1] + bytes((whole[-1] ^ 64,)))
+
+    damages = (
+        lambda: weights.write_bytes(whole[:100]), flipped, lambda: config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5})),
+        (weights.parent / "sums.json").unlink, lambda: (weights.parent / "sums.json").write_text("{}"),
+    )  # fmt: skip
+    for number, damage in enumerate(damages, 2):
+        damage()
+        huggingface.from_gguf(parts)
+        assert len(calls) == number
+        again = huggingface.from_gguf(parts)
+        assert len(calls) == number
+        for name, tensor in first.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[name], tensor, atol=0, rtol=0)
     assert [place.name for place in weights.parent.parent.iterdir()] == [weights.parent.name]
+
+
+def test_a_cache_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut leaves no folder, or a whole one; files are hashed once a process."""
+    place, synced, opened = tmp_path / "weights" / "a", [], []
+    fsync, digest = os.fsync, hashlib.file_digest
+
+    def sync(handle: int) -> None:
+        assert not place.exists() or Path(os.readlink(f"/proc/self/fd/{handle}")) == place.parent
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    huggingface._keep(made("llama_tied").network, place)
+    assert {"model.safetensors", "whole", "weights"} <= set(synced)
+    assert synced[-1] == "weights"
+    assert any("config.json" in name for name in synced)
+    assert any("sums.json" in name for name in synced)
+    huggingface._digest.cache_clear()
+    monkeypatch.setattr(hashlib, "file_digest", lambda handle, name: opened.append(Path(handle.name).name) or digest(handle, name))
+    assert huggingface._cached(place) is not None
+    assert huggingface._cached(place) is not None
+    assert sorted(opened) == ["config.json", "model.safetensors"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor
 from limbeck.errors import InputError
 from limbeck.language import divergences as dv
 from limbeck.language import linear_divergence as ld
-from limbeck.language.linear_divergence import chunk_rows, dense_divergence, linear_divergence
+from limbeck.language.linear_divergence import block_rows, chunk_rows, dense_divergence, linear_divergence
 from limbeck.language.signals import DenseSignal, Head, HeadSignal, MixedSignal, Recast, TakenSignal, draw, top_k
 from limbeck.language.tokens import TokenRows
 
@@ -225,6 +225,57 @@ def test_autocast_makes_the_products_in_bfloat16_and_everything_else_in_float32(
             assert (grad.float() - wanted).norm() < 0.05 * wanted.norm()
 
 
+@pytest.mark.parametrize("by", ["autocast", "tensors"])
+@pytest.mark.parametrize("divergence", [dv.ForwardKL(), dv.ReverseKL(), dv.LogitMSE(), dv.CrossEntropy()], ids=str)
+def test_float16_loses_no_gradient_to_a_large_denominator(divergence: dv.Divergence, by: str) -> None:
+    """w/D = 1/16384 and less: G itself would fall beneath float16, and a loss scaler's factor only comes in the backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    n, d, v, factor = 192, 24, 2000, 2.0**16
+    h, W, b = (torch.randn(*shape, generator=generator).half() for shape in ((n, d), (v, d), (v,)))
+    h[:, 0] += 50  # as trained models have
+    W, b = 0.3 * W, 0.1 * b
+    teacher = HeadSignal(torch.randn(n, d, generator=generator), Head(0.3 * torch.randn(v, d, generator=generator)))
+    rows = TokenRows(torch.arange(n), torch.randint(0, v, (n,), generator=generator), torch.rand(n, generator=generator))
+
+    def found(dtype: torch.dtype, autocast: bool = False) -> tuple[Tensor, ...]:
+        states, head = h.to(dtype).requires_grad_(), Head(W.to(dtype).requires_grad_(), b.to(dtype).requires_grad_(), scale=0.5, soft_cap=30.0)
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            loss = linear_divergence(states, head, teacher, divergence, rows, denominator=16_384.0, chunk=80).loss
+        return gradients(factor * loss, states, head)
+
+    exact = found(torch.float64)
+    half = found(torch.float32, autocast=True) if by == "autocast" else found(torch.float16)
+    for ours, wanted in zip(half, exact, strict=True):
+        assert (ours.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_float16_products_stay_in_range_whatever_the_rows_are() -> None:
+    """1,024 rows of one target, large hidden states and weights: every sum would leave float16's range without its norms."""
+    n = 1024
+    h, W = torch.full((n, 4), 200.0, dtype=torch.float16).requires_grad_(), torch.zeros(6, 4, dtype=torch.float32).requires_grad_()
+    rows = TokenRows(torch.arange(n), torch.zeros(n, dtype=torch.int64), torch.cat((torch.zeros(8), torch.full((n - 8,), 1e4))))
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_divergence(h, Head(W), None, dv.CrossEntropy(), rows).loss
+    dh, dW = torch.autograd.grad(loss, (h, W))
+    assert dh.isfinite().all()
+    torch.testing.assert_close(dW[:, 0], 200 * (torch.full((6,), 1 / 6) - torch.eye(6)[0]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_teachers_head_is_float32_under_autocast() -> None:
+    h, head, teacher, rows = tensors(14, torch.float32)
+    rounded = HeadSignal(teacher.hidden_Nd.bfloat16(), teacher.head)  # its body ran under autocast
+    dense = DenseSignal(teacher.head.logits(rounded.hidden_Nd.float()))
+    for signal in (rounded, MixedSignal((rounded, rounded), (0.5, 0.5)), Recast(rounded, lambda u_nV, cut: u_nV, rows, V)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert signal.logits(0, N).dtype == torch.float32
+            torch.testing.assert_close(signal.log_probs(0, N), dense.log_probs(0, N))
+            found = linear_divergence(h, head, signal, dv.ForwardKL(), rows, chunk=7)
+            expected = linear_divergence(h, head, dense, dv.ForwardKL(), rows, chunk=7)
+        torch.testing.assert_close(found.values_N, expected.values_N, rtol=1e-5, atol=1e-5)
+    stored = HeadSignal(rounded.hidden_Nd, rounded.head.cast(torch.bfloat16))
+    assert stored.logits(0, N).dtype == torch.float32
+
+
 def test_many_small_chunks_of_bfloat16_add_up_in_float32() -> None:
     """A sum of 512 equal rows: bfloat16 would stop growing at 256 times a row."""
     h = torch.ones(512, 1, dtype=torch.bfloat16)
@@ -289,6 +340,34 @@ def test_chunks_are_about_as_large_as_the_hidden_states() -> None:
     assert chunk_rows(4096, 4096, 600) == 512  # 600
     assert chunk_rows(10**6, 256, 64) == 1024
     assert chunk_rows(0, 256, 64) == 512
+    assert chunk_rows(512, 262_144, 2304) == 256  # no more than 2^26 logits at a time: Gemma's 512 rows are not held at once
+    assert chunk_rows(4096, 151_936, 896) == 384
+    assert chunk_rows(4096, 10**7, 896) == 64
+    for v in (49_152, 128_256, 151_936, 262_144):
+        assert chunk_rows(4096, v, 2048) * v <= 2**26
+        assert 1 <= block_rows(v, torch.device("cuda")) * v <= 2**24  # temporaries of a block are small beside the chunk's logits
+        assert block_rows(v, torch.device("cpu")) * v <= 2**18
+
+
+def test_a_backward_pass_that_is_the_last_copies_no_gradient_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, head, teacher, rows = tensors(13)
+    made: list[int] = []
+    plain = ld._pass
+
+    def watched(*args):
+        found = plain(*args)
+        made.append(found[2][1].data_ptr())
+        return found
+
+    monkeypatch.setattr(ld, "_pass", watched)
+    (3.0 * linear_divergence(h, head, teacher, dv.ForwardKL(), rows).loss).backward()
+    assert head.weight_Vd.grad.data_ptr() == made[0]
+    expected = torch.autograd.grad(3.0 * dense_divergence(head.logits(h), teacher, dv.ForwardKL(), rows).loss, head.weight_Vd)[0]
+    torch.testing.assert_close(head.weight_Vd.grad, expected)
+    loss = 3.0 * linear_divergence(h, head, teacher, dv.ForwardKL(), rows).loss
+    loss.backward(retain_graph=True)  # comes again: what was saved must stay
+    loss.backward()
+    torch.testing.assert_close(head.weight_Vd.grad, 3 * expected)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from limbeck.contract import IGNORE
-from limbeck.errors import InputError
+from limbeck.errors import InputError, TrainingError
 from limbeck.language.decoder import Decoder, decoder
 from limbeck.language.models import LanguageModel
 from limbeck.language.rollout import MODEL_LOGP, PROMPT, SAMPLER, SAMPLER_LOGP, Mixture, Prompts, Rollout, Sampler, importance_weights, truncated
@@ -195,3 +195,12 @@ def test_a_row_of_padding_draws_nothing_and_wrong_input_is_refused() -> None:
         importance_weights(TokenBatch.from_text(torch.ones(1, 3, dtype=torch.int64)))
     with pytest.raises(InputError, match="prompt of 0"):
         Prompts.prefixes(drawn, 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 1}])
+def test_a_model_that_has_diverged_is_said_to_have(value: float, cut: dict[str, float]) -> None:
+    table = torch.zeros(V, V)
+    table[4] = value
+    with pytest.raises(TrainingError, match="no numbers"):
+        Rollout.generate(Bigram(table), PROMPTS, Sampler(max_new=3, **cut), 1, generator())

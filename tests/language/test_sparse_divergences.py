@@ -136,6 +136,45 @@ def test_a_small_tail_of_the_student_keeps_its_gradient() -> None:
     torch.testing.assert_close(torch.autograd.grad(value.sum(), z)[0], grad)
 
 
+@pytest.mark.parametrize("divergence", EVERY, ids=str)
+def test_all_but_one_entry_and_the_target_keep_the_tail(divergence: dv.Divergence) -> None:
+    """k = V − 1 and a column for the target: V columns, but where the target was kept already one entry is the tail. Both are the dense divergence."""
+    u, z, rows = case(6)
+    signal = top_k(DenseSignal(u), V - 1, targets_N=rows.targets_N)
+    missing = torch.tensor([next(v for v in range(V) if v not in kept) for kept in signal.ids_Nk.tolist()])
+    targets = torch.cat((missing[:2], rows.targets_N[2:]))
+    targets = torch.where((targets == missing) & (torch.arange(N) >= 2), (missing + 1) % V, targets)
+    rows = replace(rows, targets_N=targets)
+    signal = replace(signal, target_logp_N=torch.log_softmax(u, -1)[range(N), targets])
+    added = signal.with_target(targets)
+    assert ((added.ids_Nk == ABSENT).sum(1) > 0).tolist() == [False, False, True, True, True]
+    expected = divergence.value_and_grad(z.detach(), DenseSignal(u), rows)
+    torch.testing.assert_close(divergence.value_and_grad(z.detach(), added, rows), expected, rtol=1e-6, atol=1e-7)
+    value = divergence.value(z, added, rows)
+    torch.testing.assert_close(value.detach(), expected[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), z)[0], expected[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("policy", ["tail", "renorm_teacher"])
+@pytest.mark.parametrize("divergence", EVERY[:-1], ids=str)
+def test_a_row_that_keeps_nothing_says_nothing(divergence: dv.Divergence, policy: str) -> None:
+    u, z, rows = case(7)
+    if policy == "renorm_teacher" and unbounded(divergence):
+        return
+    full = replace(top_k(DenseSignal(u), K), policy=policy)
+    signal = replace(full, ids_Nk=full.ids_Nk.clone(), logp_Nk=full.logp_Nk.clone())
+    signal.ids_Nk[1], signal.logp_Nk[1] = ABSENT, -torch.inf
+    signal.ids_Nk[2, 0], signal.logp_Nk[2, 0] = ABSENT, -torch.inf  # the first alone is absent
+    ell, grad = divergence.value_and_grad(z.detach(), signal, rows)
+    value = divergence.value(z, signal, rows)
+    torch.testing.assert_close(ell, value.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(grad, torch.autograd.grad(value.sum(), z)[0], rtol=1e-9, atol=1e-12)
+    assert ell[1].abs() < 1e-6
+    assert grad[1].abs().max() < 1e-6
+    shorter = TopKSignal(full.ids_Nk[2:3, 1:], full.logp_Nk[2:3, 1:], policy=policy)
+    torch.testing.assert_close(ell[2:3], divergence.value_and_grad(z.detach()[2:3], shorter, rows.cut(2, 3))[0])
+
+
 def test_kept_masses_beyond_one_are_scaled() -> None:
     signal = TopKSignal(torch.tensor([[0, 1]]), torch.tensor([[0.7, 0.305]]).log())
     z = torch.tensor([[0.7, 0.305, 1e-3]]).log()

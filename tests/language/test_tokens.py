@@ -113,3 +113,28 @@ def test_moving_takes_everything_along() -> None:
     told = [moved.input_ids, moved.positions, moved.segments, moved.targets, moved.weight, moved.source, moved.annotations["a"], moved.extras["image"]]
     assert all(tensor.device.type == "meta" for tensor in told)
     assert len(tokens) == 2
+
+
+def test_rows_are_worked_out_once_and_no_other_batch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = replace(packed_rows(), annotations={"at": torch.arange(20).view(2, 5, 2)})
+    asked: list[torch.Tensor] = []
+    nonzero = torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda self, **knobs: (asked.append(self), nonzero(self, **knobs))[1])
+    assert tokens.rows() is tokens.rows()
+    assert len(asked) == 1  # one wait for the device
+    other = replace(tokens, targets=tokens.targets.roll(1, 0))
+    assert other.rows() is not tokens.rows()
+    assert other.rows().targets_N.tolist() == [9, 4, 5, 7]
+    assert len(asked) == 2
+    assert tokens.to(torch.device("cpu")).rows() is not tokens.rows()
+
+
+def test_weights_that_are_learned_and_inference_mode_are_not_kept() -> None:
+    tokens = replace(packed_rows(), weight=torch.ones(2, 5).requires_grad_())
+    with torch.no_grad():
+        assert not tokens.rows().weight_N.requires_grad  # the teacher's side, say
+    assert tokens.rows().weight_N.requires_grad
+    plain = packed_rows()
+    with torch.inference_mode():
+        assert plain.rows().where_N.is_inference()
+    assert not plain.rows().where_N.is_inference()

@@ -216,6 +216,45 @@ def test_a_cropped_vocabulary_is_the_conditional_distribution() -> None:
             call()
 
 
+@pytest.mark.parametrize("policy", ["tail", "renorm_teacher", "renorm_both"])
+def test_a_row_whose_entries_are_all_cropped_says_nothing(policy: str) -> None:
+    signal, rows = case(7)
+    u = signal.logits(0, N).clone()
+    u[0, 8:] += 40  # row 0 keeps entries from 8 on, row 1 none of those
+    u[1, :8] += 40
+    rows = replace(rows, targets_N=rows.targets_N % 8)
+    kept = replace(top_k(DenseSignal(u), 3, targets_N=rows.targets_N), policy=policy)
+    made = tf.CropVocabulary(8)(kept, rows)
+    z = torch.randn(N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for divergence in (dv.ForwardKL(), dv.GeneralisedJSD(0.5)):
+        value = divergence.value(z, made, rows)
+        ell, grad = divergence.value_and_grad(z.detach(), made, rows)
+        assert value.isfinite().all()
+        torch.testing.assert_close(value.detach(), ell)
+        torch.testing.assert_close(torch.autograd.grad(value.sum(), z)[0], grad)
+        assert ell[0].abs() < 1e-6
+        assert grad[0].abs().max() < 1e-6
+        assert ell[1] > 1e-3
+    if policy != "renorm_both":
+        assert (made.ids_Nk[0] == ABSENT).all()
+        assert (tf.CorrectWithLabel("swap")(made, rows).ids_Nk[0] == ABSENT).all()
+
+
+def test_more_kept_entries_than_a_cropped_vocabulary_has() -> None:
+    signal, rows = case(7)
+    z = torch.randn(N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dense = tf.CropVocabulary(8)(signal, rows)
+    for k in (V - 1, V):
+        made = tf.CropVocabulary(8)(top_k(signal, k), rows)
+        assert made.kept == 8
+        assert (made.ids_Nk != ABSENT).all(1).any()
+        for divergence in (dv.ForwardKL(), dv.ReverseKL()):
+            found = divergence.value_and_grad(z, made, rows)
+            assert all(part.isfinite().all() for part in found)
+            if k == V:
+                torch.testing.assert_close(found, divergence.value_and_grad(z, dense, rows), rtol=1e-4, atol=1e-5)
+
+
 def test_standardised_logits_have_mean_zero_and_the_scale_asked_for() -> None:
     signal, rows = case(8)
     made = tf.LogitStandardise(2.0)(signal, rows).logits(0, N)

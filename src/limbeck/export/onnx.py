@@ -24,6 +24,8 @@ from limbeck import seeds
 from limbeck.errors import InputError, LimbeckError, MissingExtra
 from limbeck.export.folder import Exported, must_be_a_network
 from limbeck.files import sync_folder
+from limbeck.language.encoders import EncoderClassifier
+from limbeck.language.models import LanguageModel
 
 BATCH_SIZES = (1, 3, 8)
 TOLERANCE = 1e-4
@@ -56,15 +58,16 @@ def export_onnx(
 
     Args:
         module: a network input → logits, or a generator of one call (`calls.OneCall`), noise (and labels) → samples: these are the graph's names.
-        input_shape: of one float32 input, without the batch axis.
+        input_shape: of one float32 input, without the batch axis; of an `EncoderClassifier` (2, L), int64 ids and mask. L is fixed in the graph: pad texts.
         classes, preprocess: kept as JSON in the file's metadata.
 
     Raises:
-        InputError: the module is a data set, or the path a folder.
+        InputError: the module is a data set, a language model, or a text classifier of another kind than `EncoderClassifier`; the path is a folder.
         LimbeckError: the module cannot be exported, or the outputs differ by more than 1e-4 of their scale; no file is left.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
     """
     must_be_a_network(module)
+    _refuse_other_texts(module, preprocess or {})
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
     path = Path(path)
@@ -95,9 +98,27 @@ def _require(package: str) -> None:
         raise MissingExtra(package, "export", why="ONNX export") from error
 
 
-def _inputs(batch_size: int, input_shape: Sequence[int]) -> Tensor:
+def _refuse_other_texts(module: nn.Module, preprocess: Mapping[str, Any]) -> None:
+    """Raise InputError where the module reads tokens and is no classifier whose inputs are known here. preprocess: of the data, with "tokenizer" for text."""
+    if isinstance(module, LanguageModel):
+        raise InputError(
+            f"{type(module).__name__} is a language model, and one graph of fixed rows, without a cache, is of no use for generating text.",
+            where="--to",
+            fix="Use --to hf: transformers opens its models' folders, and limbeck.load the others.",
+        )
+    if "tokenizer" in preprocess and not isinstance(module, EncoderClassifier):
+        raise InputError(f"{type(module).__name__} reads tokens, and which ids it takes is not known.", where="--to", fix="Use --to hf, for limbeck.load.")
+
+
+def _inputs(module: nn.Module, batch_size: int, input_shape: Sequence[int]) -> Tensor:
+    """Example inputs: noise; of a text encoder ids and the masks of texts of L, L − 1, … tokens in turn, int64 [B, 2, L]."""
     generator = seeds.generator("onnx parity", batch_size)
-    return torch.randn(batch_size, *input_shape, generator=generator)
+    if not isinstance(module, EncoderClassifier):
+        return torch.randn(batch_size, *input_shape, generator=generator)
+    length = input_shape[-1]
+    ids_BL = torch.randint(int(module.config.vocab_size), (batch_size, length), generator=generator)
+    mask_BL = torch.arange(length) < length - torch.arange(batch_size)[:, None] % length
+    return torch.stack((ids_BL, mask_BL.long()), 1)
 
 
 def _names(module: nn.Module) -> tuple[list[str], str]:
@@ -109,7 +130,7 @@ def _names(module: nn.Module) -> tuple[list[str], str]:
 
 def _batch(module: nn.Module, batch_size: int, input_shape: Sequence[int]) -> tuple[Tensor, ...]:
     """As many tensors as the graph has inputs; labels are classes in turn."""
-    inputs = (_inputs(batch_size, input_shape),)
+    inputs = (_inputs(module, batch_size, input_shape),)
     return (*inputs, torch.arange(batch_size) % int(module.num_classes)) if len(_names(module)[0]) == 2 else inputs  # type: ignore[arg-type]
 
 

@@ -72,6 +72,9 @@ class Kind(ABC):
     def fits(self, module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:
         """Raise InputError where a network cannot take the data's inputs ([B, ...] prepared) or gives something of another shape."""
 
+    def together(self, student: nn.Module, teacher: Any) -> None:
+        """Raise InputError where a student cannot learn from a teacher, each being right by itself."""
+
     def asked(self, teacher: Any) -> nn.Module:
         """A teacher that was given as an object, as a module that `fits` can look at."""
         return teacher

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.contract import Batch, Data, Method, Teacher
-from limbeck.data import AugmentSpec
+from limbeck.data import AugmentSpec, root
 from limbeck.errors import InputError
 from limbeck.evaluate.classifier import classifier_metrics
 from limbeck.evaluate.predict import predict
@@ -41,7 +41,14 @@ class ClassifierKind(Kind):
             raise InputError("the test data have no labels to measure against.", where="data")
 
     def fits(self, module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:
-        """One logit a class."""
+        """One logit a class; of text no more tokens than an encoder knows."""
+        tokenizer, known = getattr(root(prepared.train), "tokenizer", None), getattr(module, "vocabulary", None)
+        if tokenizer is not None and known is not None and tokenizer.vocabulary > known:
+            raise InputError(
+                f"it knows {known:,} tokens, the data's tokenizer '{tokenizer.name}' has {tokenizer.vocabulary:,}.",
+                where=f"{where}.model",
+                fix="Use the model's own tokenizer in data.source.",
+            )
         fits(module, example, prepared, where)
 
     def asked(self, teacher: Any) -> nn.Module:

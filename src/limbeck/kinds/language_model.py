@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from limbeck.contract import Data, Method
+from limbeck.contract import IGNORE, Data, Method
 from limbeck.data import AugmentSpec
 from limbeck.errors import InputError
 from limbeck.evaluate.language import LanguageMetrics, evaluate_language
@@ -20,6 +20,7 @@ from limbeck.ingredients import Prepared, vocabulary_of
 from limbeck.kinds.base import Kind, Measured
 from limbeck.language.models import LanguageModel
 from limbeck.language.sources import ModelSource
+from limbeck.language.tokens import PACKED
 from limbeck.methods.language.next_token import NextToken
 from limbeck.modes import evaluating
 from limbeck.report.summary import Outcome
@@ -27,6 +28,10 @@ from limbeck.teachers.recorded import TokenRecordTeacher
 from limbeck.train import TrainConfig, Trained
 
 HEADLINE = ("perplexity", "bits_per_byte", "next_token_accuracy", "kl_to_teacher", "kl_to_teacher_kept", "agreement", "acceptance", "ece")
+MOST_POSITIONS = 65_536
+"""Positions that are read at once, whatever `evaluate.batch_size` says (its default suits images)."""
+ANSWERS = {"accuracy": "answer_accuracy", "ece": "answer_ece", "trust": "answer_trust"}
+"""What is measured at the first target of every answer, where the data are prompts and answers."""
 KEYS = {"accuracy": "next_token_accuracy"}
 """Names of `LanguageMetrics` that are other measures' names in reports."""
 
@@ -56,6 +61,8 @@ class LanguageModelKind(Kind):
         self._measurable(prepared)
         if augment != AugmentSpec():
             raise InputError("tokens are not augmented.", where="data.augment", fix="Leave it out.")
+        if train.sharding == "fsdp2":
+            raise InputError("language models cannot be sharded yet: losses take hidden states and head apart.", where="train.sharding", fix="Use 'none'.")
 
     def _measurable(self, prepared: Prepared) -> None:
         for data in (prepared.train, prepared.test):
@@ -82,6 +89,16 @@ class LanguageModelKind(Kind):
         if out.dim() != 3:
             raise InputError(f"it gives {list(out.shape)}, not logits for every position.", where=f"{where}.model")
 
+    def together(self, student: nn.Module, teacher: Any) -> None:
+        """Both must speak of the same tokens, unless the method takes a teacher with a tokenizer of its own."""
+        known, own = getattr(teacher, "vocabulary", None), getattr(student, "vocabulary", None)
+        if known is not None and own is not None and known != own and not self.method.foreign_teacher:
+            raise InputError(
+                f"the teacher speaks of {known:,} tokens, the student of {own:,}.",
+                where="student.model",
+                fix="Build both with one (padded) vocabulary, or use the method cross_tokenizer.",
+            )
+
     def asked(self, teacher: Any) -> nn.Module:
         """The first network of several."""
         return teacher.models[0] if isinstance(teacher, ModelSource) else teacher
@@ -103,7 +120,12 @@ class LanguageModelKind(Kind):
 
     def measured(self, module: LanguageModel, data: Data, reference: Any = None) -> LanguageMetrics:
         """The numbers of one network on a text."""
-        return evaluate_language(module, data, reference, batch_size=self.evaluate.batch_size)
+        return evaluate_language(module, data, reference, batch_size=self._rows(data))
+
+    def _rows(self, data: Data) -> int:
+        """Rows a call: what the recipe says, but no more than `MOST_POSITIONS`."""
+        length = int(data.fetch(torch.zeros(1, dtype=torch.int64))[0].shape[-1])
+        return max(1, min(self.evaluate.batch_size, MOST_POSITIONS // length))
 
     def curve(self, method: Method, data: Data) -> dict[str, float]:
         """The loss a token."""
@@ -111,12 +133,19 @@ class LanguageModelKind(Kind):
         return {name: value for name, value in (("nll", found.nll), ("perplexity", found.perplexity)) if value is not None}
 
     def outcome(self, seed: int, module: nn.Module, prepared: Prepared, reference: Any) -> Outcome:
-        """On the test text."""
-        return _outcome(seed, self.measured(_model(module), prepared.test, reference))
+        """On the test text; of prompts also at the answers alone."""
+        found = _outcome(seed, self.measured(_model(module), prepared.test, reference))
+        return replace(found, measures={**found.measures, **self._answers(_model(module), prepared)})
+
+    def _answers(self, module: LanguageModel, prepared: Prepared) -> dict[str, float]:
+        if prepared.input_shape[0] != PACKED:
+            return {}
+        found = evaluate_language(module, prepared.test, batch_size=self._rows(prepared.test), answers_only=True)
+        return {key: float(value) for name, key in ANSWERS.items() if (value := getattr(found, name)) is not None}
 
     def trained(self, outcome: Outcome, trained: Trained, prepared: Prepared) -> Outcome:
         """Tokens a second of the training."""
-        tokens = trained.samples * prepared.input_shape[-1]
+        tokens = round(trained.samples * _targets_per_row(prepared))
         speed = tokens / trained.seconds if trained.seconds > 0 else None
         return replace(outcome, measures={**outcome.measures, "training_tokens": tokens, "training_tokens_per_second": speed})
 
@@ -149,6 +178,14 @@ class LanguageModelKind(Kind):
         self._measurable(prepared)
         self.fits(module, self.example(prepared), prepared, "student")
         return self.metrics(_outcome(0, self.measured(_model(module), prepared.test)))
+
+
+def _targets_per_row(prepared: Prepared) -> float:
+    """Positions with a target in a row of the training text, the mean."""
+    if prepared.input_shape[0] != PACKED:
+        return float(prepared.input_shape[-1])
+    parts = torch.arange(len(prepared.train)).split(4096)
+    return sum(int((prepared.train.fetch(ids)[0][:, 1] != IGNORE).sum()) for ids in parts) / len(prepared.train)
 
 
 def _model(module: nn.Module) -> LanguageModel:

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from limbeck.errors import InputError
+from limbeck.errors import InputError, suggestion
 
 How = Literal["surface", "bins"]
 SINGULAR = 1e-12
 """Draws whose (scaled) normal equations have a reciprocal condition below this are left out of an interval."""
+FLAT = 1e-12
+"""A slope counts as none where T* rises by less than this share of the largest T* over the sizes of students that were tried."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A size read off the law, with the central 95 % of the bootstrap's (None without one)."""
+    """A size read off the law, with the central 95 % of the bootstrap's (None without one; inf: without bound)."""
 
     value: float
     low: float | None = None
@@ -75,11 +77,28 @@ class CapacityLaw:
     def max_student(self, teacher: float) -> Predicted:
         """The student that a teacher is the best one for, (T − b)/a: "at most", since pruning less leaves more than the law asks for.
 
+        A draw of the bootstrap that does not rise has no such student: it counts as one without bound, `high` is inf where more than 2.5 % are such.
+
         Raises:
-            InputError: the size is not positive, or the law gives no positive student for it.
+            InputError: the size is not positive, the law does not rise, so that one teacher is the best for every student, or it gives no positive student.
         """
         _positive(teacher, "teacher")
-        return self._predicted((teacher - self.intercept) / self.slope, (teacher - self.intercepts) / self.slopes, f"a teacher of {teacher:g}")
+        least = self._least_slope()
+        if not self.slope > least:
+            raise InputError(
+                f"the law does not rise with the student (slope {self.slope:g}): no teacher belongs to one size of student.",
+                where="law",
+                fix="Fit it on runs with larger teachers: the best one must be larger for larger students ('optima' says where it is only the largest tried).",
+            )
+        rising = self.slopes > least
+        drawn_K = torch.where(rising, (teacher - self.intercepts) / self.slopes.where(rising, torch.ones_like(self.slopes)), float("inf"))
+        return self._predicted((teacher - self.intercept) / self.slope, drawn_K, f"a teacher of {teacher:g}")
+
+    def _least_slope(self) -> float:
+        """What a slope must exceed to be one; 0 for a law that was not fitted here."""
+        if not self.optima:
+            return 0.0
+        return FLAT * max(optimum.teacher for optimum in self.optima) / max(optimum.student for optimum in self.optima)
 
     def _predicted(self, value: float, drawn_K: Tensor, what: str) -> Predicted:
         if not 0 < value < float("inf"):
@@ -111,9 +130,11 @@ def fit_law(
         students, teachers, scores: [R] each, scores higher for better (minus a loss). generator: on the CPU, for the draws.
 
     Raises:
-        InputError: sizes are not positive or something is not finite, or too few differ: six (S, T) for a surface, of three S and
+        InputError: `how` is unknown, sizes are not positive or something is not finite, or too few differ: six (S, T) for a surface, of three S and
                 three T; three T in a bin, and two bins.
     """
+    if how not in get_args(How):
+        raise InputError(f"there is no way '{how}' to fit the law.", where="how", fix=suggestion(str(how), get_args(How)))
     S, T, score = (torch.as_tensor(values, dtype=torch.float64) for values in (students, teachers, scores))
     _check_runs(S, T, score)
     s, t = S.log(), T.log()
@@ -223,7 +244,8 @@ def _r2(y: Tensor, fitted: Tensor) -> float:
 def _central(drawn: Tensor) -> tuple[float, float] | None:
     if len(drawn) == 0:
         return None
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    between = "linear" if bool(drawn.isfinite().all()) else "higher"  # there is no middle between a number and infinity
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype), interpolation=between).tolist()
     return low, high
 
 

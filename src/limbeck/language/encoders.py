@@ -70,6 +70,11 @@ class EncoderClassifier(nn.Module):
             body.eval()
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that the body knows."""
+        return int(self.config.vocab_size)
+
+    @property
     def arguments(self) -> Mapping[str, Any]:
         """What the builder needs to build the same architecture: JSON values."""
         own = {"model": config_fields(self.config), "pooling": self.pooling, "head_only": self.head_only}

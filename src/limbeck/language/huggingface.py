@@ -1,22 +1,25 @@
 """Causal language models of transformers as limbeck's: hidden states and head apart, packed rows, generation step by step. Nothing is ever fetched.
 
 B rows of L tokens, T new tokens, S tokens so far, V vocabulary, d width. Weights come from a folder on disk, from a GGUF file (whose numbers are unpacked once
-and kept in a cache folder), or are drawn from a configuration.
+and kept in a cache folder, with their SHA-256), or are drawn from a configuration.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import io
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from limbeck.contract import IGNORE
 from limbeck.errors import InputError, LimbeckError, MissingExtra, suggestion
+from limbeck.files import sync_folder, write_atomic, write_json
 from limbeck.language.lora import LoraSpec, add_lora, merged
 from limbeck.language.models import LanguageModel
 from limbeck.language.signals import Head
@@ -36,7 +40,7 @@ from limbeck.modes import evaluating
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers of transformers whose masks are known here."""
-WEIGHTS, CONFIG, CACHE_FORMAT = "model.safetensors", "config.json", 1
+WEIGHTS, CONFIG, SUMS, CACHE_FORMAT = "model.safetensors", "config.json", "sums.json", 1
 
 
 class CausalLM(LanguageModel):
@@ -314,9 +318,12 @@ def from_gguf(parts: Sequence[Path]) -> Any:
 
 
 def _cached(place: Path) -> Any | None:
-    """The network in a cache folder; None where there is none that can be read."""
+    """The network in a cache folder; None where there is none, or a file of it is not as it was written."""
     transformers = library()
     try:
+        sums = json.loads((place / SUMS).read_text(encoding="utf-8"))
+        if {name: _sum(place / name) for name in (WEIGHTS, CONFIG)} != sums:
+            return None
         fields = json.loads((place / CONFIG).read_text(encoding="utf-8"))
         state = safetensors.torch.load_file(place / WEIGHTS)
     except (OSError, ValueError, SafetensorError):
@@ -350,15 +357,34 @@ def _unpacked(parts: Sequence[Path], place: Path) -> Any:
 
 
 def _keep(network: Any, place: Path) -> None:
-    """Weights and configuration as a folder, which appears whole or not at all. (transformers' own `save_pretrained` refuses what came out of a GGUF file.)"""
+    """Weights, configuration and their sums as a folder, which appears whole or not at all, and on the disk before it has its name.
+
+    (transformers' own `save_pretrained` refuses what came out of a GGUF file.)
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent) as work:
         fresh = Path(work) / "whole"
         fresh.mkdir()
-        safetensors.torch.save_file(untied(network), fresh / WEIGHTS)
-        (fresh / CONFIG).write_text(network.config.to_json_string(use_diff=False), encoding="utf-8")
+        safetensors.torch.save_file(untied(network), fresh / WEIGHTS)  # not as bytes in memory first: it may be a gigabyte
+        with (fresh / WEIGHTS).open("rb") as written:
+            os.fsync(written.fileno())
+        write_atomic(fresh / CONFIG, network.config.to_json_string(use_diff=False))
+        write_json(fresh / SUMS, {name: _sum(fresh / name) for name in (WEIGHTS, CONFIG)})
         shutil.rmtree(place, ignore_errors=True)  # one that could not be read
         fresh.rename(place)
+    sync_folder(place.parent)
+
+
+def _sum(file: Path) -> dict[str, Any]:
+    """Length and SHA-256 (hex) of a file. It is read once a process, and again if it has changed: a second for 0.7 GB. Raises OSError."""
+    found = file.stat()
+    return {"bytes": found.st_size, "sha256": _digest(file, found.st_size, found.st_mtime_ns, found.st_ino)}
+
+
+@lru_cache(maxsize=8)
+def _digest(file: Path, *_known_by: int) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def on_meta() -> bool:

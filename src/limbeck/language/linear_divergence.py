@@ -3,8 +3,12 @@
 L = Σ_n w_n ℓ_n / D. Legend: N positions, n of a chunk, V vocabulary, d width, P parts of a mixture; z student's logits, G = ∂L/∂z.
 
 For every chunk of rows: z = h Wᵀ + b, the teacher's rows, ℓ and G by `divergences`, then dW += Gᵀ h, db += Σ G, dh = G W. The chunk's logits are the only
-thing of width V; within a chunk the elementwise work goes over a few rows at a time that stay in the processor's cache. Floor of the arithmetic: three
-products of 2·N·V·d operations for the student (2 where the head is frozen) and one for a teacher that is given as hidden states and head.
+thing of width V; within a chunk the elementwise work goes over a few rows at a time (on a CPU so few that they stay in its cache). Floor of the arithmetic:
+three products of 2·N·V·d operations for the student (2 where the head is frozen) and one for a teacher that is given as hidden states and head, which is at
+least float32 whatever the student's are: a teacher says the same live as in a record.
+
+float16: entries of G are about w/D and smaller, beneath what float16 holds, and a loss scaler's factor arrives in the backward pass only. So G enters the
+products row by row divided by its own 1-norm, g_n (times a constant), which with w/D multiplies dh in float32 and h before dW's product (ours).
 Gradients of gradients are refused (`create_graph=True` raises InputError).
 """
 
@@ -23,8 +27,14 @@ from limbeck.language.signals import DenseLike, DenseSignal, Head, HeadSignal, M
 from limbeck.language.tokens import TokenRows
 from limbeck.losses.divergences import full_precision
 
-CACHED_FLOATS = 1 << 18
-"""About how many logits the elementwise work of a chunk goes over at a time on a CPU."""
+CACHED_FLOATS, DEVICE_FLOATS = 1 << 18, 1 << 24
+"""About how many logits the elementwise work of a chunk goes over at a time on a CPU, and elsewhere (64 MiB of float32)."""
+
+CHUNK_FLOATS, FEWEST_ROWS = 1 << 26, 64
+"""The most logits of a chunk (256 MiB of float32), as long as it has this many rows."""
+
+HALF_ROW, HALF_SUM = 2.0**5, 2.0**15
+"""float16: the 1-norm of a row of G in the products, and what the sum of a chunk's rows may reach (the largest number is 65504)."""
 
 
 class Losses(NamedTuple):
@@ -55,7 +65,7 @@ def linear_divergence(
         rows: targets and weights of the N positions. denominator: D; None: Σ w of these rows. 0 or no rows: L is 0, its gradients too.
         chunk: rows at a time; None: `chunk_rows`.
 
-    Under autocast the products are made in its dtype; softmax, ℓ and the sums over chunks are float32 (float64 where the inputs are).
+    Under autocast the student's products are made in its dtype; softmax, ℓ and the sums over chunks are float32 (float64 where the inputs are).
 
     Raises:
         InputError: shapes disagree, the signal cannot answer, `chunk` is below 1, or weights require a gradient (they get none here).
@@ -93,11 +103,13 @@ def dense_divergence(
 
 
 def chunk_rows(N: int, V: int, d: int) -> int:
-    """N·d/V to the nearest power of two, so that a chunk of logits is about as large as the hidden states, within [512, 1024].
+    """N·d/V to the nearest power of two, so that a chunk of logits is about as large as the hidden states, within [512, 1024]; of a large vocabulary no more
+    than `CHUNK_FLOATS` logits, in steps of 64 rows (131,072 entries: 512; 262,144: 256; from 1,048,576 on: 64).
 
     The sheet's lower bound is 128; every chunk reads and writes dW [V, d] once, which below 512 rows costs a CPU more than is saved (ours, measured).
     """
-    return min(max(1 << round(math.log2(max(N * d / max(V, 1), 1.0))), 512), 1024)
+    wanted = min(max(1 << round(math.log2(max(N * d / max(V, 1), 1.0))), 512), 1024)
+    return min(wanted, max(CHUNK_FLOATS // max(V, 1) // FEWEST_ROWS, 1) * FEWEST_ROWS)
 
 
 def _check_weights(rows: TokenRows, denominator: Tensor | float | None) -> None:
@@ -150,8 +162,20 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True; what is returned would count as a constant
             raise InputError("linear_divergence has no gradients of gradients.", where="backward", fix="Use dense_divergence, or leave out create_graph.")
-        found = [None if gradient is None else gradient.mul(loss_grad).to(dtype) for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        again = _comes_again()
+
+        def scaled(gradient: Tensor) -> Tensor:
+            return gradient.mul(loss_grad) if again else gradient.mul_(loss_grad)
+
+        found = [None if gradient is None else scaled(gradient).to(dtype) for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return (*found, None, None)
+
+
+def _comes_again() -> bool:
+    """Whether this backward pass keeps its graph, so that what it saved must stay as it is; True where this torch does not say. (If it said wrong, autograd
+    would refuse the second pass: a saved tensor was changed.)"""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
 
 
 def _product_dtype(hidden_Nd: Tensor, weight_Vd: Tensor) -> torch.dtype:
@@ -165,16 +189,17 @@ def _pass(hidden_Nd: Tensor, work: _Work, wanted: _Wanted, dtype: torch.dtype) -
     """(Σ w ℓ_i/D of every part [P], ℓ [N], (dh, dW, db)), the last where wanted."""
     hidden_Nd, head, signal = hidden_Nd.to(dtype), work.head.detach().cast(dtype), _without_graph(work.signal, dtype)
     N, d = hidden_Nd.shape
-    V, exact = head.vocabulary, torch.promote_types(dtype, torch.float32)
+    V, exact, half = head.vocabulary, torch.promote_types(dtype, torch.float32), dtype == torch.float16
     device, parts = hidden_Nd.device, work.divergence.parts
     sums_P = torch.zeros(len(parts), dtype=exact, device=device)
     values_N = torch.zeros(N, dtype=exact, device=device)
-    dh_Nd = torch.empty(N, d, dtype=dtype, device=device) if wanted.hidden else None
+    dh_Nd = torch.empty(N, d, dtype=exact if half else dtype, device=device) if wanted.hidden else None
     dW_Vd = torch.zeros(V, d, dtype=exact, device=device) if wanted.weight else None
     db_V = torch.zeros(V, dtype=exact, device=device) if wanted.bias else None
     scale_N = (work.rows.weight_N.to(exact) / work.D.to(exact)) if N else work.rows.weight_N.to(exact)
     chunk, block = min(work.chunk, max(N, 1)), block_rows(V, device)
     z_cV = torch.empty(chunk, V, dtype=dtype, device=device)
+    norm_N = torch.ones(N, dtype=exact, device=device) if half else None
     u_cV = _room(signal, chunk)
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
@@ -184,11 +209,14 @@ def _pass(hidden_Nd: Tensor, work: _Work, wanted: _Wanted, dtype: torch.dtype) -
             high = min(low + block, stop)
             z_bV = z_nV[low - start : high - start]
             here = None if told is None else told.cut(low - start, high - start)
-            scale_b = scale_N[low:high]
-            ells = _block(work.divergence, z_bV, here, work.rows.cut(low, high), scale_b, head, any(wanted))
+            scale_b, norm_b = scale_N[low:high], None if norm_N is None else norm_N[low:high]
+            ells = _block(work.divergence, z_bV, here, work.rows.cut(low, high), scale_b, norm_b, head, min(HALF_ROW, HALF_SUM / chunk), any(wanted))
             for i, ((share, _), ell_b) in enumerate(zip(parts, ells, strict=True)):
                 sums_P[i] += torch.dot(scale_b, ell_b)
                 values_N[low:high].add_(ell_b, alpha=share)
+        if norm_N is not None:
+            _add_half(dh_Nd, dW_Vd, db_V, z_nV, norm_N[start:stop], hidden_Nd[start:stop], head.weight_Vd, start)
+            continue
         if dh_Nd is not None:
             torch.mm(z_nV, head.weight_Vd, out=dh_Nd[start:stop])
         if dW_Vd is not None:
@@ -198,8 +226,14 @@ def _pass(hidden_Nd: Tensor, work: _Work, wanted: _Wanted, dtype: torch.dtype) -
     return sums_P, values_N, (dh_Nd, dW_Vd, db_V)
 
 
-def _block(divergence: Divergence, z_bV: Tensor, signal: TeacherSignal | None, rows: TokenRows, scale_b: Tensor, head: Head, grad: bool) -> list[Tensor]:
-    """ℓ [b] of every part; z is overwritten with ∂L/∂(h Wᵀ + b) where a gradient is wanted."""
+def _block(
+    divergence: Divergence, z_bV: Tensor, signal: TeacherSignal | None, rows: TokenRows, scale_b: Tensor, norm_b: Tensor | None, head: Head, most: float,
+    grad: bool,
+) -> list[Tensor]:  # fmt: skip
+    """ℓ [b] of every part; z is overwritten with ∂L/∂(h Wᵀ + b) where a gradient is wanted.
+
+    norm_b: float16 only, overwritten with what the rows of z must still be multiplied by, their 1-norm being `most`.
+    """
     exact_bV = full_precision(z_bV)
     if not grad:
         return [part.value(exact_bV, signal, rows).to(scale_b) for _, part in divergence.parts]
@@ -207,11 +241,30 @@ def _block(divergence: Divergence, z_bV: Tensor, signal: TeacherSignal | None, r
     if head.soft_cap is not None:
         slope_bV.mul_(1 - (exact_bV / head.soft_cap).square())
     scale_b1 = (scale_b * head.scale)[:, None]
-    if z_bV.dtype == slope_bV.dtype:
+    if norm_b is not None:
+        norm_b1 = torch.linalg.vector_norm(slope_bV, 1, dim=1, keepdim=True).div_(most).clamp_(min=torch.finfo(slope_bV.dtype).tiny)
+        z_bV.copy_(slope_bV.div_(norm_b1))
+        norm_b.copy_((norm_b1 * scale_b1)[:, 0])
+    elif z_bV.dtype == slope_bV.dtype:
         torch.mul(slope_bV, scale_b1, out=z_bV)
     else:
         z_bV.copy_(slope_bV.mul_(scale_b1))
     return [ell_b.to(scale_b) for ell_b in ells]
+
+
+def _add_half(
+    dh_Nd: Tensor | None, dW_Vd: Tensor | None, db_V: Tensor | None, g_nV: Tensor, norm_n: Tensor, hidden_nd: Tensor, weight_Vd: Tensor, start: int
+) -> None:
+    """The gradients of a chunk whose G is norm · g with g in float16: no product leaves float16's range, and sums over chunks are float32 (module)."""
+    if dh_Nd is not None:
+        torch.mul(g_nV @ weight_Vd, norm_n[:, None], out=dh_Nd[start : start + len(g_nV)])
+    if dW_Vd is not None:
+        scaled_nd = hidden_nd * norm_n[:, None]
+        largest = scaled_nd.abs().amax().clamp_(min=torch.finfo(scaled_nd.dtype).tiny)
+        dW_Vd.addcmul_(g_nV.t() @ scaled_nd.div_(largest).to(hidden_nd.dtype), largest)
+    if db_V is not None:
+        largest = norm_n.abs().amax().clamp_(min=torch.finfo(norm_n.dtype).tiny)
+        db_V.addcmul_(torch.mv(g_nV.t(), (norm_n / largest).to(g_nV.dtype)), largest)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -223,19 +276,18 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def block_rows(V: int, device: torch.device) -> int:
-    """Rows that are worked on at a time: some that fit the cache on a CPU, all of a chunk elsewhere."""
-    return max(1, CACHED_FLOATS // max(V, 1)) if device.type == "cpu" else 1 << 30
+    """Rows that are worked on at a time: some that fit the cache on a CPU, elsewhere so many that a kernel is worth its start."""
+    return max(1, (CACHED_FLOATS if device.type == "cpu" else DEVICE_FLOATS) // max(V, 1))
 
 
 def _without_graph(signal: TeacherSignal | None, dtype: torch.dtype) -> TeacherSignal | None:
-    """The signal with its heads prepared once: detached, in the dtype of the products (a float64 student leaves its teacher as it is)."""
+    """The signal with its heads prepared once: detached, float32 whatever the student's products are in (a float64 student leaves its teacher as it is)."""
     return _prepared(signal, dtype) if isinstance(signal, DenseLike) else signal
 
 
 def _prepared(signal: DenseLike, dtype: torch.dtype) -> DenseLike:
     if isinstance(signal, HeadSignal):
-        both = torch.promote_types(signal.hidden_Nd.dtype, signal.head.weight_Vd.dtype)
-        return signal.cast(both if dtype == torch.float64 else dtype)
+        return signal.cast(signal.dtype if dtype == torch.float64 else torch.float32)
     if isinstance(signal, MixedSignal):
         return replace(signal, signals=tuple(_prepared(member, dtype) for member in signal.signals))
     return replace(signal, source=_prepared(signal.source, dtype)) if isinstance(signal, Recast) else signal

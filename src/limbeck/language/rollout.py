@@ -23,7 +23,7 @@ from torch import Tensor
 
 from limbeck import seeds
 from limbeck.contract import IGNORE, Frozen
-from limbeck.errors import InputError
+from limbeck.errors import InputError, TrainingError
 from limbeck.language.models import LanguageModel
 from limbeck.language.tokens import PADDING, STUDENT, TokenBatch
 from limbeck.modes import evaluating
@@ -188,6 +188,7 @@ class Rollout:
 
         Raises:
             InputError: n below 1, models of different vocabularies, or a share outside [0, 1].
+            TrainingError: a model's probabilities are no numbers (it has diverged). The device is asked once, at the end.
         """
         if n < 1:
             raise InputError(f"{n} continuations cannot be drawn.", where="n", fix="Draw 1 or more.")
@@ -214,6 +215,7 @@ def _draw(walkers: list[_Walker], share: float, prompts: Prompts, sampler: Sampl
     attention_BS[:, -1] |= done_B  # a row of padding sees one token, so that its softmax is defined
     length_B = mask_BP.sum(1)
     stop = torch.tensor(sampler.stop, dtype=torch.int64, device=device)
+    broken_B1 = torch.zeros(len(done_B), 1, dtype=torch.bool, device=device)
     drawn: list[Tensor] = []
     live = [~done_B]
     own: list[Tensor] = []
@@ -223,7 +225,9 @@ def _draw(walkers: list[_Walker], share: float, prompts: Prompts, sampler: Sampl
         cut_BV = truncated(told[0], sampler)
         if len(walkers) > 1:
             cut_BV = _mixed(cut_BV, truncated(told[1], sampler), share)
-        y_B1 = torch.multinomial(cut_BV.exp(), 1, generator=generator)
+        p_BV = cut_BV.exp()
+        broken_B1 = broken_B1 | p_BV.sum(1, keepdim=True).isnan()
+        y_B1 = torch.multinomial(p_BV.masked_fill_(broken_B1, 1.0), 1, generator=generator)  # NaN would end the process of a GPU
         drawn.append(y_B1[:, 0])
         own.append(told[0].gather(1, y_B1)[:, 0])
         behaviour.append(cut_BV.gather(1, y_B1)[:, 0])
@@ -236,6 +240,11 @@ def _draw(walkers: list[_Walker], share: float, prompts: Prompts, sampler: Sampl
         positions_BT = length_B[:, None]
         length_B = length_B + live[-1].to(length_B.dtype)
         attention_BS = torch.cat((attention_BS, live[-1][:, None]), 1)
+    if bool(broken_B1.any()):
+        raise TrainingError(
+            f"text cannot be drawn: the model's probabilities are no numbers (NaN) in {int(broken_B1.sum())} of {len(broken_B1)} rows; it has diverged. "
+            "Lower the learning rate, warm it up, or clip gradients (train.clip_norm)."
+        )
     return _rows(prompts, torch.stack(drawn, 1), torch.stack(live, 1), torch.stack(own, 1), torch.stack(behaviour, 1), sampler, source)
 
 

@@ -142,7 +142,11 @@ class DenseSignal:
 
 @dataclass(frozen=True)
 class HeadSignal:
-    """The teacher's hidden states and head: its logits exist for a chunk at a time only. hidden_Nd: [N, d_t]; head: its V is the student's."""
+    """The teacher's hidden states and head: its logits exist for a chunk at a time only. hidden_Nd: [N, d_t]; head: its V is the student's.
+
+    The product is made in `dtype`, under autocast too: a student's half precision is no reason to round what the teacher says, and a live teacher then says
+    what a record of it holds. (Its body may have run under autocast; whoever made hidden_Nd decides.)
+    """
 
     hidden_Nd: Tensor
     head: Head
@@ -159,9 +163,15 @@ class HeadSignal:
         """Rows start to stop − 1, a view."""
         return HeadSignal(self.hidden_Nd[start:stop], self.head)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the product is made in: what hidden states and head promote to, at least float32."""
+        return torch.promote_types(torch.promote_types(self.hidden_Nd.dtype, self.head.weight_Vd.dtype), torch.float32)
+
     def logits(self, start: int, stop: int) -> Tensor:
-        """[n, V], worked out."""
-        return self.head.logits(self.hidden_Nd[start:stop])
+        """[n, V], worked out, at least float32."""
+        with torch.autocast(self.hidden_Nd.device.type, enabled=False):
+            return self.head.cast(self.dtype).logits(self.hidden_Nd[start:stop].to(self.dtype))
 
     def log_probs(self, start: int, stop: int, temperature: float = 1.0) -> Tensor:
         """[n, V] log softmax(u/τ), at least float32."""

@@ -57,7 +57,10 @@ class ModelSource(nn.Module):
 
     @torch.no_grad()
     def get(self, tokens: TokenBatch) -> HeadSignal | MixedSignal:
-        """What the members say of `tokens.rows()`: hidden states and head, never [N, V]."""
+        """What the members say of `tokens.rows()`: hidden states and head, never [N, V].
+
+        Under a student's autocast the members' bodies run in its dtype; their heads' products do not (`HeadSignal`).
+        """
         rows = tokens.rows()
         with evaluating(self):
             signals = [HeadSignal(rows.gather(model.hidden(tokens)), model.head()) for model in self.models]

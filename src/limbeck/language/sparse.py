@@ -26,8 +26,9 @@ def log_tail(logp_nk: Tensor) -> Tensor:
 
 
 def has_tail(signal: TopKSignal, vocabulary: int) -> bool:
-    """Whether the outcomes have the tail among them: not where all V entries are kept, and not with "renorm_both"."""
-    return signal.policy in ("tail", "renorm_teacher") and signal.kept < vocabulary
+    """Whether the outcomes have the tail among them: not with "renorm_both". Where V or more entries fit into a row, some may be ABSENT (`with_target`), so
+    that its tail may be real; a row that does keep all V has a tail of probability 0 on both sides."""
+    return signal.policy in ("tail", "renorm_teacher")
 
 
 def teacher_outcomes(signal: TopKSignal, temperature: float, vocabulary: int) -> Tensor:
@@ -37,7 +38,8 @@ def teacher_outcomes(signal: TopKSignal, temperature: float, vocabulary: int) ->
         signal: any policy but "sampled". temperature: τ_p. vocabulary: V.
 
     At τ_p ≠ τ_c the kept entries are exact up to a constant, p^{τ_c/τ_p}, but what the tail would sum to is not known: it counts as ONE entry of mass p_r (an
-    approximation of the policy "tail"; the other two have no tail to know). Kept masses that sum to 1 or more (a lossy codec) are scaled to 1.
+    approximation of the policy "tail", exact where all but one are kept; the other two have no tail to know). Kept masses that sum to 1 or more (a lossy
+    codec) are scaled to 1. A row that keeps nothing is all tail: it says nothing.
 
     Raises:
         InputError: the signal is `strict` and the tail would be approximated, or more entries are kept than there are.
@@ -47,10 +49,14 @@ def teacher_outcomes(signal: TopKSignal, temperature: float, vocabulary: int) ->
     logp_nk = full_precision(signal.logp_Nk)
     tail = has_tail(signal, vocabulary)
     if tail:
-        rest_n1 = log_tail(logp_nk) if signal.policy == "tail" else torch.full_like(logp_nk[:, :1], -torch.inf)
+        count_n1 = (signal.ids_Nk != ABSENT).sum(1, keepdim=True)
+        if signal.policy == "tail":
+            rest_n1 = log_tail(logp_nk).masked_fill(count_n1 >= vocabulary, -torch.inf)
+        else:
+            rest_n1 = torch.zeros_like(logp_nk[:, :1]).masked_fill(count_n1 > 0, -torch.inf)
         logp_nk = torch.cat((logp_nk, rest_n1), 1)
     if temperature != signal.temperature:
-        if signal.strict and tail and signal.policy == "tail":
+        if signal.strict and signal.policy == "tail" and signal.kept < vocabulary - 1:
             raise InputError(
                 f"the teacher's entries were collected at τ = {signal.temperature:g}; at {temperature:g} their tail is not known.",
                 where="temperature",
@@ -61,9 +67,15 @@ def teacher_outcomes(signal: TopKSignal, temperature: float, vocabulary: int) ->
 
 
 def entries(ids_nk: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids to gather and scatter with, which of them are ABSENT), [n, k] each: an absent one points at the row's first."""
+    """(ids to gather and scatter with, which of them are ABSENT), [n, k] each: an absent one points at an entry that the row keeps, at 0 if it keeps none."""
     absent_nk = ids_nk == ABSENT
-    return torch.where(absent_nk, ids_nk[:, :1], ids_nk), absent_nk
+    return torch.where(absent_nk, ids_nk.amax(1, keepdim=True).clamp(min=0), ids_nk), absent_nk
+
+
+def _emptied(what_nV: Tensor, ids_nk: Tensor, absent_nk: Tensor, value: float) -> Tensor:
+    """[n, V] with `value` at the row's entries, as it is in rows that keep none; a new tensor, with a graph to what_nV. ids, absent: see `entries`."""
+    put_nk = torch.where(absent_nk.all(1, keepdim=True), what_nV.gather(1, ids_nk), value)
+    return what_nV.scatter(1, ids_nk, put_nk)
 
 
 def student_outcomes(x_nV: Tensor, ids_nk: Tensor, *, tail: bool) -> Tensor:
@@ -75,7 +87,7 @@ def student_outcomes(x_nV: Tensor, ids_nk: Tensor, *, tail: bool) -> Tensor:
     ids_nk, absent_nk = entries(ids_nk)
     a_no = x_nV.gather(1, ids_nk).masked_fill(absent_nk, -torch.inf)
     if tail:
-        rest_nV = x_nV.scatter(1, ids_nk, -torch.inf).clamp(min=torch.finfo(x_nV.dtype).min)  # finite: logsumexp has no gradient where all is −inf
+        rest_nV = _emptied(x_nV, ids_nk, absent_nk, -torch.inf).clamp(min=torch.finfo(x_nV.dtype).min)  # finite: logsumexp has no gradient where all is −inf
         a_no = torch.cat((a_no, torch.logsumexp(rest_nV, -1, keepdim=True)), 1)
     return torch.log_softmax(a_no, -1)
 
@@ -84,9 +96,9 @@ def student_masses(logq_nk: Tensor, prob_nV: Tensor, ids_nk: Tensor) -> tuple[Te
     """(log q of the k + 1 outcomes [n, k + 1], q with its kept entries set to 0 [n, V], which `spread_tail` wants); no graph.
 
     Args:
-        logq_nk: [n, k] log q of the entries, −inf where absent. prob_nV: [n, V] q. ids_nk: [n, k], as `entries` gives them.
+        logq_nk: [n, k] log q of the entries, −inf where absent (FLOOR or so where q is 0). prob_nV: [n, V] q. ids_nk: [n, k], as `entries` gives them.
     """
-    rest_nV = prob_nV.scatter(1, ids_nk, 0.0)
+    rest_nV = _emptied(prob_nV, ids_nk, logq_nk == -torch.inf, 0.0)
     return torch.cat((logq_nk, rest_nV.sum(-1, keepdim=True).log()), 1), rest_nV
 
 

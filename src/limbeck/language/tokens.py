@@ -124,8 +124,20 @@ class TokenBatch:
     def rows(self) -> TokenRows:
         """The positions that have a target, row by row. A row's annotations [B, ...] are repeated at its positions, and so is `source`.
 
-        An annotation of shape [B, L, ...] counts as one of positions. How many positions there are is read from the device (one wait).
+        An annotation of shape [B, L, ...] counts as one of positions. How many positions there are is read from the device (one wait), once a batch: every
+        call returns the same object. `replace` makes a batch that knows nothing of it. Weights or annotations with a graph are gathered anew each time.
         """
+        known: TokenRows | None = self.__dict__.get("_rows")
+        if known is not None:
+            return known
+        rows = self._gathered()
+        learned = any(told.requires_grad for told in (*self.annotations.values(), *(() if self.weight is None else (self.weight,))))
+        if not learned and not torch.is_inference_mode_enabled():  # what is made in inference mode cannot be learnt from later
+            object.__setattr__(self, "_rows", rows)
+        return rows
+
+    def _gathered(self) -> TokenRows:
+        """See `rows`."""
         B, L = self.input_ids.shape
         where_N = self.valid.flatten().nonzero()[:, 0]
         row_N = where_N // L

@@ -246,7 +246,8 @@ class Noise:
 class CropVocabulary:
     """The first `size` entries of the vocabulary, divided by their sum: for models of one tokenizer whose vocabularies were padded differently (sheet §7).
 
-    Kept entries beyond become ABSENT and their mass is divided out; what the tail held beyond is not known and stays. The student's side: `crop_head`.
+    Kept entries beyond become ABSENT and their mass is divided out; what the tail held beyond is not known and stays. A row whose entries all lie beyond says
+    nothing then: it is all tail, or ("renorm_both") one entry. The student's side: `crop_head`.
     """
 
     size: int
@@ -274,8 +275,12 @@ class CropVocabulary:
         left_N1 = torch.log1p(-gone_N1)
         target_N = None if signal.target_logp_N is None else full_precision(signal.target_logp_N) - left_N1[:, 0]
         ids_Nk, logp_Nk = signal.ids_Nk.masked_fill(out_Nk, ABSENT), (logp_Nk - left_N1).masked_fill(out_Nk, -torch.inf)
-        order_Nk = out_Nk.to(torch.int8).argsort(dim=-1, stable=True)  # a row's first entry must not be absent
-        return replace(signal, ids_Nk=ids_Nk.gather(1, order_Nk), logp_Nk=logp_Nk.gather(1, order_Nk), target_logp_N=target_N)
+        order_Nk = (ids_Nk == ABSENT).to(torch.int8).argsort(dim=-1, stable=True)[:, : self.size]  # no row keeps more than there are
+        ids_Nk, logp_Nk = ids_Nk.gather(1, order_Nk), logp_Nk.gather(1, order_Nk)
+        if signal.policy == "renorm_both":
+            none_Nk = (ids_Nk[:, :1] == ABSENT) & (torch.arange(ids_Nk.shape[1], device=ids_Nk.device) == 0)
+            ids_Nk, logp_Nk = ids_Nk.masked_fill(none_Nk, 0), logp_Nk.masked_fill(none_Nk, 0.0)
+        return replace(signal, ids_Nk=ids_Nk, logp_Nk=logp_Nk, target_logp_N=target_N)
 
 
 def crop_head(head: Head, size: int) -> Head:
@@ -354,7 +359,7 @@ class CorrectWithLabel:
         """The two ids trade places; a true token that is not kept takes the first one's place, which goes to the tail with the true one's old probability."""
         y_N1, place_N1 = rows.targets_N[:, None], signal.logp_Nk.argmax(-1, keepdim=True)
         top_N1 = signal.ids_Nk.gather(1, place_N1)
-        ids_Nk = torch.where(signal.ids_Nk == y_N1, top_N1, signal.ids_Nk).scatter(1, place_N1, y_N1)
+        ids_Nk = torch.where(signal.ids_Nk == y_N1, top_N1, signal.ids_Nk).scatter(1, place_N1, torch.where(top_N1 == ABSENT, ABSENT, y_N1))
         target_N = None if signal.target_logp_N is None else signal.logp_Nk.gather(1, place_N1)[:, 0]
         return replace(signal, ids_Nk=ids_Nk, target_logp_N=target_N)
 

@@ -94,6 +94,16 @@ def show(summary: RunSummary, console: Console) -> None:
 def show_record(summary: Mapping[str, Any], console: Console) -> None:
     """Print what a record holds: rows, bytes a row against raw float32 logits, and the codec's measured error."""
     for name, part in summary["parts"].items():
+        if "tokens" in part["fields"]:
+            codec, error = part["fields"]["tokens"]["codec"], part["errors"]["tokens"]
+            console.print(
+                f"{name}: {part['samples']:,} rows of {part['fields']['tokens']['shape'][0]} positions, {error['tokens']:,} with a target, "
+                f"codec {codec['name']}, "
+                f"k = {codec['k']}, {error['bytes_per_token']:.1f} bytes a token ({8 * codec['k']} as float32 and 32-bit ids), "
+                f"KL error over k + 1 outcomes {error['kl_mean']:.2g} nats (mean), {error['kl_max']:.2g} (largest)",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            continue
         logits = part["fields"]["logits"]
         members, classes = logits["shape"]
         error = part["errors"].get("logits", {})

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from limbeck.contract import Batch, Data
-from limbeck.data import origins
+from limbeck.data import inputs_fingerprint, origins
 from limbeck.errors import InputError
 from limbeck.language.signals import TopKSignal
 from limbeck.language.sources import recorded_signal
 from limbeck.language.tokens import TokenBatch
 from limbeck.losses import log_mean_probabilities
-from limbeck.records import Record
+from limbeck.records import Record, RecordPart, TokenCodec
 
 
 class RecordTeacher:
@@ -89,15 +89,19 @@ class RecordTeacher:
         return recorded["logits"].transpose(0, 1).to(batch.inputs.device)
 
     def test_logits(self, data: Data) -> Tensor | None:
-        """[N, C] of the test data, where the record has them; None where it has not."""
-        part = self.record.parts.get("test")
+        """[N, C] of the test data, where the record has them; None where it has not, or is of other test data."""
+        part, wanted = self._test_part(data), origins(data)
         if part is None:
-            return None
-        wanted = origins(data)
-        if not bool(torch.isin(wanted, torch.from_numpy(part.ids.copy())).all()):
             return None
         found = part.read(["logits"], wanted.numpy(), torch.zeros_like(wanted).numpy())
         return combined(torch.from_numpy(found["logits"]).transpose(0, 1))
+
+    def _test_part(self, data: Data) -> RecordPart | None:
+        """What the record has of these test data; None where it has none, not all of them, or was made of others (a sample's number says nothing of that)."""
+        part, known = self.record.parts.get("test"), self.record.identity.get("data", {}).get("test")
+        if part is None or known is None or not bool(torch.isin(origins(data), torch.from_numpy(part.ids.copy())).all()):
+            return None
+        return part if known == inputs_fingerprint(data) else None
 
     def _samples(self, ids_B: Tensor) -> NDArray[np.int64]:
         return (ids_B if self.origins is None else self.origins[ids_B]).numpy()
@@ -105,6 +109,13 @@ class RecordTeacher:
 
 class TokenRecordTeacher(RecordTeacher):
     """A record of language models: k next-token log-probabilities a position, which travel with the batch (a `language.signals.SignalSource`)."""
+
+    @property
+    def vocabulary(self) -> int:
+        """V, of which the recorded ids are."""
+        codec = self.part.fields["tokens"].codec
+        assert isinstance(codec, TokenCodec)
+        return codec.vocabulary
 
     def get(self, tokens: TokenBatch) -> TopKSignal:
         """What the record says of `tokens.rows()`. Raises InputError: the batch did not come through this record."""
@@ -115,9 +126,9 @@ class TokenRecordTeacher(RecordTeacher):
         raise InputError("a record of tokens holds no logits.", where="teacher", fix="Use a method that makes language models (token_kd, say).")
 
     def of_test(self, data: Data) -> TokenRecordTeacher | None:
-        """The record of the test text, by position in `data`; None where the record has none, or not all of it."""
-        part = self.record.parts.get("test")
-        if part is None or not bool(torch.isin(origins(data), torch.from_numpy(part.ids.copy())).all()):
+        """The record of the test text, by position in `data`; None where the record has none, not all of it, or is of another text."""
+        part = self._test_part(data)
+        if part is None:
             return None
         found = TokenRecordTeacher(self.record)
         found.part, found.origins = part, origins(data)

@@ -135,6 +135,17 @@ def agree(flags: Sequence[int], device: torch.device, world: int) -> list[int]:
     return [int(v) for v in value.tolist()]
 
 
+def tell(value: Any, world: int) -> Any:
+    """The first process's small host object, on every process; returns once it is there."""
+    if world == 1:
+        return value
+    import torch.distributed as dist
+
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
 def gather(value: Any, world: int) -> list[Any]:
     """A small host object from every process."""
     if world == 1:

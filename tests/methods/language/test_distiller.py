@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck import seeds
-from limbeck.contract import Batch, Clock
+from limbeck.contract import IGNORE, Batch, Clock
 from limbeck.errors import InputError
 from limbeck.language.feature_losses import attention_mse, masked_cosine, masked_cross_entropy, masked_mse, pkd
 from limbeck.language.layer_maps import transport_plan
@@ -190,6 +190,27 @@ def test_bounds_may_read_the_mean_of_tokens() -> None:
         x, y = ((h * mask).sum(1) / mask.sum(1) for h in (s.hidden[n], t.hidden[m]))
         expected = expected - bound("infonce", method.bundle.matching.critics[0](x, y), rows="student")
     torch.testing.assert_close(step(method, batch)[1]["intermediate"], expected)
+
+
+@pytest.mark.parametrize("knobs", [{"intermediate": "none"}, {"intermediate": "mse", "w_int": 0.0}])
+def test_a_loss_that_is_always_0_is_refused(knobs: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="nothing to learn"):
+        bound_method(w_kd=0.0, **knobs)
+    for more in ({"w_kd": 0.1}, {"w_kd": 0.0, "w_hard": 1.0}, {"w_kd": 0.0, "w_int": 1.0, "intermediate": "mse"}):
+        step(bound_method(**(knobs | more)))[0].backward()
+
+
+def test_labels_are_weighed_only_where_there_are_some() -> None:
+    def over(targets: Tensor | None, w_hard: float) -> Distiller:
+        return Distiller(intermediate="none", w_hard=w_hard).bind(
+            student=Small(2, 8), teacher=ModuleTeacher(Small(4, 12)), num_classes=C, train=SimpleNamespace(targets=targets)
+        )
+
+    for none in (None, torch.full((4,), IGNORE)):
+        with pytest.raises(InputError, match="no training sample has one"):
+            over(none, 0.5)
+        over(none, 0.0)
+    over(torch.tensor([IGNORE, 2, IGNORE, IGNORE]), 0.5)
 
 
 # ---- mixup -------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from limbeck.contract import Batch, Clock
 from limbeck.errors import InputError
+from limbeck.language import token_sources
 from limbeck.language.decoder import Decoder, decoder
 from limbeck.language.divergences import SkewReverseKL, generalised_jsd
 from limbeck.language.sources import ModelSource
@@ -167,3 +168,19 @@ def test_what_cannot_be_is_refused() -> None:
         bind(ModelSource([model(0), model(2)]), rest="teacher")
     with pytest.raises(InputError, match="rest"):
         GKD(rest="replay")
+
+
+@pytest.mark.parametrize("knobs", [{}, {"schedule": "distillm", "distillm": {"every": 1}}])
+def test_what_is_drawn_does_not_depend_on_autocast(knobs: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine weighs outside of autocast and updates inside; only where it weighs are the tokens drawn first."""
+    modes: list[bool] = []
+    drawn, validated = token_sources.Rollout.generate, GKD._validated
+    monkeypatch.setattr(token_sources.Rollout, "generate", lambda *args, **more: (modes.append(torch.is_autocast_enabled("cpu")), drawn(*args, **more))[1])
+    monkeypatch.setattr(GKD, "_validated", lambda self, device: (modes.append(torch.is_autocast_enabled("cpu")), validated(self, device))[1])
+    method = bound(student_share=1.0, **knobs)
+    if knobs:
+        method.source.threshold.value = 1.0  # type: ignore[attr-defined]
+    with torch.autocast("cpu", torch.bfloat16):
+        (update,) = method.updates(batch(), Clock(3, steps=100))
+    assert modes == [False] * (2 if knobs else 1)
+    assert update.loss.isfinite()

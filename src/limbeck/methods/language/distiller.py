@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from limbeck import seeds
-from limbeck.contract import Batch, Clock, Method, Paper, Player, Update
+from limbeck.contract import IGNORE, Batch, Clock, Method, Paper, Player, Update
+from limbeck.errors import InputError
 from limbeck.language.mixup import doubled, draw_mix, mixing
 from limbeck.losses import cross_entropy, soft_cross_entropy
 from limbeck.losses.divergences import full_precision
@@ -53,9 +54,13 @@ class Distiller(Method):
     )  # fmt: skip
 
     def setup(self) -> None:
-        """Projections, critics and baselines. Raises InputError: student or teacher do not show what is to be matched."""
+        """Projections, critics and baselines. Raises InputError: nothing is to be learnt, or student or teacher do not show what is to be matched."""
         c = self.config
         hidden, attention = c.intermediate != "none" and c.w_int > 0, c.intermediate == "attention" and c.w_int > 0
+        if c.w_kd == 0 and c.w_hard == 0 and not hidden:
+            raise InputError("'w_kd' and 'w_hard' are 0 and no layers are matched: there is nothing to learn.", where="method.w_kd", fix="Raise one of them.")
+        if c.w_hard > 0 and self.train_data is not None and (self.train_data.targets is None or bool((self.train_data.targets == IGNORE).all())):
+            raise InputError("'w_hard' weighs labels, and no training sample has one.", where="method.w_hard", fix="Set it to 0, or give labelled data.")
         self.source: LiveTeacher | RecordedTeacher
         if getattr(self.teacher, "members", None) is not None:
             self.source = LiveTeacher(self.teacher, hidden=hidden, attention=attention)

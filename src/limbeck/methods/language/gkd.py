@@ -117,10 +117,14 @@ class GKD(LanguageMethod):
         yield Update("student", found.loss, metrics)
 
     def _drawn(self, batch: Batch, clock: Clock) -> TokenBatch:
-        """The tokens of this step."""
-        if isinstance(self.source, DistiLLMSource) and clock.micro == 0 and clock.step % self.config.distillm.every == 0:
-            self.source.threshold.observe(self._validated(batch.inputs.device))
-        return self.source.next(self.tokens(batch), Draws.at(clock, self.config.each))
+        """The tokens of this step, and before them DistiLLM's validation.
+
+        Never under autocast: the engine weighs outside of it and updates inside, and what is drawn may not depend on which of the two comes first.
+        """
+        with torch.autocast(batch.inputs.device.type, enabled=False):
+            if isinstance(self.source, DistiLLMSource) and clock.micro == 0 and clock.step % self.config.distillm.every == 0:
+                self.source.threshold.observe(self._validated(batch.inputs.device))
+            return self.source.next(self.tokens(batch), Draws.at(clock, self.config.each))
 
     @torch.no_grad()
     def _validated(self, device: torch.device) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from torch import nn
 
 from limbeck.contract import Batch, Clock, Frozen, Paper, Update
 from limbeck.errors import InputError
@@ -27,6 +28,7 @@ from limbeck.language.divergences import (
     TotalVariation,
 )  # fmt: skip
 from limbeck.language.sources import with_policy
+from limbeck.language.sparse import check_policy
 from limbeck.methods.language._base import LanguageMethod, logged
 
 Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
@@ -64,6 +66,12 @@ def divergence_of(config: TokenKDConfig) -> Divergence:
             return TotalVariation(temperature=T, tau_sq=tau_sq)
 
 
+def _infinite(config: TokenKDConfig) -> bool:
+    """Whether the divergence is infinite where the teacher says 0 and the student does not."""
+    name = config.divergence
+    return name == "reverse_kl" or (name == "jsd" and config.beta == 1) or (name == "skew_reverse_kl" and config.alpha == 0)
+
+
 class TokenKD(LanguageMethod):
     """A student learns a teacher's next-token distributions on the training text, and the text itself where `hard` is above 0."""
 
@@ -75,6 +83,11 @@ class TokenKD(LanguageMethod):
         config = self.config
         if config.soft == 0 and config.hard == 0:
             raise InputError("'soft' and 'hard' are both 0: there is nothing to learn.", where="soft")
+        if config.soft > 0 and not isinstance(self.teacher, nn.Module):  # a record: some divergences are infinite where its tail is left out
+            try:
+                check_policy(config.tail, config.divergence, infinite=_infinite(config))
+            except InputError as error:
+                raise InputError(error.what, where="tail", fix=error.fix) from error
         parts = [(config.soft, divergence_of(config)), (config.hard, CrossEntropy())]
         self.divergence = Mixed(tuple((weight, part) for weight, part in parts if weight > 0))
 
