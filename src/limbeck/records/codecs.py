@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from limbeck.errors import InputError, suggestion
 Array = NDArray[Any]
 Layout = dict[str, tuple[np.dtype[Any], int]]
 """The arrays of a row: name to dtype and number of entries."""
+
+T = TypeVar("T")
 
 Levels = Literal["quadratic", "linear"]
 Tail = Literal["spread", "renormalise"]
@@ -275,17 +277,22 @@ def codec_from(spec: Mapping[str, Any], *, where: str = "codec") -> Codec:
     Raises:
         InputError: an unknown name or field, a field missing or out of range; `where` is the field's path below the given one.
     """
+    return built(spec, CODECS, "codec", where)
+
+
+def built(spec: Mapping[str, Any], known: Mapping[str, type[T]], what: str, where: str) -> T:
+    """The dataclass of `known` that plain values name and fill. what: what it is, for errors. Raises InputError as `codec_from`."""
     values = dict(spec)
     name = values.pop("name", None)
-    found = CODECS.get(name) if isinstance(name, str) else None
+    found: Any = known.get(name) if isinstance(name, str) else None
     if found is None:
-        raise InputError(f"there is no codec '{name}'.", where=f"{where}.name", fix=suggestion(str(name), CODECS))
-    known = {field.name: field for field in fields(found)}
+        raise InputError(f"there is no {what} '{name}'.", where=f"{where}.name", fix=suggestion(str(name), known))
+    known_fields = {field.name: field for field in fields(found)}
     for key in values:
-        if key not in known:
-            fix = suggestion(key, known) or "It has no fields."
+        if key not in known_fields:
+            fix = suggestion(key, known_fields) or "It has no fields."
             raise InputError(f"the codec '{name}' has no field '{key}'.", where=f"{where}.{key}", fix=fix)
-    for key, field in known.items():
+    for key, field in known_fields.items():
         if key not in values and field.default is MISSING:
             raise InputError(f"the codec '{name}' needs '{key}'.", where=f"{where}.{key}", fix=f"Give it: {{name: {name}, {key}: …}}.")
     try:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from limbeck.errors import InputError, suggestion
+from limbeck.errors import InputError
 from limbeck.records.blobs import Blobs
-from limbeck.records.codecs import ABSENT
+from limbeck.records.codecs import ABSENT, built
 
 Array = NDArray[Any]
 Values = Literal["float16", "bfloat16"]
@@ -348,22 +348,7 @@ def token_codec_from(spec: Mapping[str, Any], *, where: str = "codec") -> TokenC
     Raises:
         InputError: an unknown name or field, a field missing or out of range; `where` is the field's path below the given one.
     """
-    values = dict(spec)
-    name = values.pop("name", None)
-    found = TOKEN_CODECS.get(name) if isinstance(name, str) else None
-    if found is None:
-        raise InputError(f"there is no token codec '{name}'.", where=f"{where}.name", fix=suggestion(str(name), TOKEN_CODECS))
-    known = {field.name: field for field in fields(found)}
-    for key in values:
-        if key not in known:
-            raise InputError(f"the codec '{name}' has no field '{key}'.", where=f"{where}.{key}", fix=suggestion(key, known))
-    for key, field in known.items():
-        if key not in values and field.default is MISSING:
-            raise InputError(f"the codec '{name}' needs '{key}'.", where=f"{where}.{key}", fix=f"Give it: {{name: {name}, {key}: …}}.")
-    try:
-        return found(**values)
-    except InputError as error:
-        raise error.at(where) from None
+    return built(spec, TOKEN_CODECS, "token codec", where)
 
 
 def token_codec(spec: Mapping[str, Any], *, vocabulary: int, where: str = "codec") -> TokenCodec:
