@@ -509,7 +509,8 @@ class Runner:
         if self.parts.evaluate.latency:
             most = self.kind.most_repeats
             repeats = self.parts.evaluate.latency_repeats if most is None else min(self.parts.evaluate.latency_repeats, most)
-            measured = cost.latencies(modules, example, repeats=repeats, warmup=5 if most is None else 1)
+            batches = self.kind.timed_batches(prepared)
+            measured = cost.latencies(modules, example, batch_sizes=batches, repeats=repeats, warmup=5 if most is None else 1)
             for role in modules:
                 costs[role]["latencies"] = list(measured[role])
         if isinstance(recorded := made["teacher"], RecordTeacher):  # as it was when it was recorded

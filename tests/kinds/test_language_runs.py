@@ -218,3 +218,15 @@ def test_the_command_line_says_what_a_record_of_text_holds(tmp_path: Path) -> No
     assert done.code == 0, done.err
     assert "96 rows of 24 positions, 2,304 with a target, codec compact, k = 8" in done.out
     assert "bytes a token" in done.out
+
+
+def test_no_more_rows_are_timed_than_their_logits_allow() -> None:
+    from limbeck.ingredients import Prepared
+    from limbeck.kinds.language_model import LanguageModelKind
+    from limbeck.methods import TokenKD
+    from limbeck.recipe import EvaluateSpec
+
+    kind = LanguageModelKind(TokenKD(), EvaluateSpec())
+    data = Prepared(None, None, None, 257, (2, 64))  # type: ignore[arg-type]
+    assert kind.timed_batches(data) == (1, 64)
+    assert kind.timed_batches(Prepared(None, None, None, 49_152, (2, 128))) == (1,)  # type: ignore[arg-type]

@@ -103,6 +103,10 @@ class Kind(ABC):
     def timed(self, role: str, module: Any) -> nn.Module | None:
         """The module whose cost is measured for a role: maps an example to an answer; None: there is none."""
 
+    def timed_batches(self, prepared: Prepared) -> tuple[int, ...]:
+        """Batch sizes at which modules are timed."""
+        return (1, 64)
+
     @abstractmethod
     def example(self, prepared: Prepared) -> Tensor:
         """[B, ...] what the timed modules are given."""

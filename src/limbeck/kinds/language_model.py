@@ -30,6 +30,8 @@ from limbeck.train import TrainConfig, Trained
 HEADLINE = ("perplexity", "bits_per_byte", "next_token_accuracy", "kl_to_teacher", "kl_to_teacher_kept", "agreement", "acceptance", "ece")
 MOST_POSITIONS = 65_536
 """Positions that are read at once, whatever `evaluate.batch_size` says (its default suits images)."""
+MOST_LOGITS = 2**26
+"""Logits of a forward pass that is timed."""
 ANSWERS = {"accuracy": "answer_accuracy", "ece": "answer_ece", "trust": "answer_trust"}
 """What is measured at the first target of every answer, where the data are prompts and answers."""
 KEYS = {"accuracy": "next_token_accuracy"}
@@ -164,6 +166,10 @@ class LanguageModelKind(Kind):
         """The network itself."""
         foreign = role == "teacher" and self.method.foreign_teacher  # the rows are none of its own tokens
         return module if isinstance(module, LanguageModel | ModelSource) and not foreign else None
+
+    def timed_batches(self, prepared: Prepared) -> tuple[int, ...]:
+        """One row; 64 too where their logits are no more than `MOST_LOGITS`."""
+        return (1, 64) if 64 * prepared.input_shape[-1] * prepared.num_classes <= MOST_LOGITS else (1,)
 
     def example(self, prepared: Prepared) -> Tensor:
         """One row of the test text: what is timed is a forward pass over it."""
