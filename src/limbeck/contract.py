@@ -297,6 +297,10 @@ class Method(ABC):
     """Whether the teacher is the recorded weights of networks in training (a teacher's section `experts`)."""
     example_model: ClassVar[str] = "{name: mlp_denoiser, widths: [64, 64]}"
     """Methods that make generators: the denoiser (in YAML) that `limbeck new` writes into a recipe."""
+    reads_text: ClassVar[bool] = False
+    """Methods that make classifiers: whether the networks are encoders that read token rows."""
+    foreign_teacher: ClassVar[bool] = False
+    """Methods that make language models: whether the teacher may have a tokenizer of its own, that of its section's `data`."""
     needs_unlabelled: ClassVar[bool] = False
     """Whether the method expects training samples without a label, to choose among."""
 
@@ -360,6 +364,14 @@ class Method(ABC):
     @abstractmethod
     def updates(self, batch: Batch, clock: Clock) -> Iterator[Update]:
         """The losses to step on one batch, in order; each is stepped before the next is computed."""
+
+    def weigh(self, batch: Batch, clock: Clock) -> Tensor | None:
+        """How much a batch counts, a scalar tensor on its device, where its losses are means over something else than its samples (over tokens).
+
+        Micro-batches and processes are weighed by it: a batch then gives the gradient that it would give in one piece. None: by samples. It is asked
+        before `updates`, once a micro-batch, and only where there are several; a method that makes its own samples may make them here and keep them.
+        """
+        return None
 
     def after_step(self, player: str, clock: Clock) -> None:
         """After each optimiser step of a player, without gradient: clip, sort, project."""

@@ -20,9 +20,9 @@ from limbeck.environment import available_memory
 from limbeck.errors import InputError
 from limbeck.evaluate import cost
 from limbeck.models.weights import load_weights
-from limbeck.recipe import CompareSpec, DataSpec, EvaluateSpec, ModelSpec, Recipe, TeacherSpec
+from limbeck.recipe import CompareSpec, DataSpec, EvaluateSpec, ModelSpec, Recipe, RecordRecipe, TeacherSpec
 from limbeck.records import Record, check_identity
-from limbeck.teachers.recorded import RecordTeacher
+from limbeck.teachers.recorded import RecordTeacher, TokenRecordTeacher
 from limbeck.train import TrainConfig
 
 
@@ -33,7 +33,7 @@ class Prepared:
     train: Data
     test: Data
     validation: Data | None
-    num_classes: int  # 0: the data have neither classes nor targets
+    num_classes: int  # 0: the data have neither classes nor targets; of tokens the vocabulary
     input_shape: tuple[int, ...]
     pool: Tensor | None = None
     """Positions in `train` of the extra, unlabelled inputs of `data.pool`."""
@@ -70,6 +70,8 @@ class Ingredients:
     views: ViewSpec | None = None
     record: Callable[[Prepared], RecordTeacher] | None = None
     """Opens the recorded teacher, where the recipe has one."""
+    live: tuple[TeacherSpec, ...] = ()
+    """The networks that the record was made of, where the recipe compares with them."""
     experts: TeacherSpec | None = None
     """The teacher whose weights in training are kept, where the recipe has one."""
 
@@ -119,8 +121,15 @@ def prepare(spec: DataSpec, seed: int) -> Prepared:
         except InputError as error:
             raise error.at("data.pool") from error
         pool = torch.arange(own, len(train))
-    unlabelled = not splits.train.classes and splits.train.targets is None
-    return Prepared(train, test, validation, 0 if unlabelled else splits.num_classes, tuple(splits.input_shape), pool)
+    return Prepared(train, test, validation, width(splits), tuple(splits.input_shape), pool)
+
+
+def width(splits: datasets.Splits) -> int:
+    """What a network's outputs number: classes, a tokenizer's vocabulary, 0 where there are neither."""
+    vocabulary = getattr(datasets.root(splits.train), "vocabulary", None)
+    if vocabulary is not None:
+        return int(vocabulary)
+    return 0 if not splits.train.classes and splits.train.targets is None else splits.num_classes
 
 
 def _whitened(train: Data, test: Data, validation: Data | None) -> tuple[Data, Data, Data | None]:
@@ -209,7 +218,20 @@ def from_recipe(recipe: Recipe) -> Ingredients:
         views=views,
         record=None if recorded is None else lambda prepared: open_teacher(recorded, recipe.data, prepared),
         experts=recipe.experts,
+        live=_live(recipe),
     )
+
+
+def _live(recipe: Recipe) -> tuple[TeacherSpec, ...]:
+    """The networks that the recipe's record is made of, where the recipe compares with them. Raises InputError."""
+    if not recipe.compare.live:
+        return ()
+    if recipe.recorded is None or recipe.recorded.make is None:
+        raise InputError("only a recorded teacher that says how it was made can be had live.", where="compare.live", fix="Give teacher.record and teacher.make.")
+    try:
+        return RecordRecipe.read(recipe.recorded.make).teacher
+    except InputError as error:
+        raise error.at("teacher.make") from error
 
 
 @dataclass(frozen=True)
@@ -273,10 +295,22 @@ def replay(record: Record, views: ViewSpec | None, augment: AugmentSpec, prepare
             where="data.views.count",
             fix=f"Say data.views.count: {part.views}, or record more.",
         )
+    if "tokens" in part.fields:
+        tokenizer, own = identity["tokenizer"], tokenizer_of(prepared)
+        if own is None or tokenizer != own:
+            what = f"the record's tokens are those of the tokenizer {str(tokenizer)[:12]}…, the data's of {str(own)[:12]}…." if own else "the record is of text."
+            raise InputError(what, where="data.source", fix="Use the tokenizer that the record was made with.")
+        return TokenRecordTeacher(record, prepared.train)
     classes = int(part.fields["logits"].shape[-1])
     if classes != prepared.num_classes:
         raise InputError(f"the record has {classes} classes, the data have {prepared.num_classes}.", where="teacher.record")
     return RecordTeacher(record, prepared.train)
+
+
+def tokenizer_of(prepared: Prepared) -> str | None:
+    """The fingerprint of the tokenizer that made the training data; None where they are no tokens."""
+    tokenizer = getattr(datasets.root(prepared.train), "tokenizer", None)
+    return None if tokenizer is None else str(tokenizer.fingerprint)
 
 
 def fits(module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:

@@ -307,6 +307,78 @@ _TRANSFER = """\
   # tasks: {other: {source: {name: digits}}}   # labelled data that it goes on to; else the run's own"""
 
 
+_LANGUAGE = """\
+# {title}
+# {source}
+# Run it:   limbeck distill {file}
+# Any field can be overridden:   limbeck distill {file} --set train.steps=1000
+name: {name}
+seeds: [0]
+
+method:
+  name: {name}
+{knobs}
+{teacher}
+student:
+  model: {{name: decoder, layers: 2, width: 48, heads: 2}}   # decoder, causal_lm (a folder), smollm2 (layers: 15, keep: even)
+
+data:
+  source: {{name: python_manual, tokenizer: {tokenizer}, length: 64}}   # novels, text_file, prompts; tokenizers: bytes, characters, smollm2, a folder
+  validation: 60               # rows held out of the training text
+
+train:
+  steps: 300
+  batch_size: 16               # rows
+  clip_norm: 1.0
+  optimiser: {{name: adamw, lr: 0.002, schedule: {{name: cosine, warmup: 0.05}}}}
+  # precision: bf16            # no, bf16, fp16
+
+compare:
+  alone: true                  # the same student on the text alone
+
+evaluate:
+  batch_size: 16
+"""
+_LANGUAGE_TEACHER = """
+teacher:                       # one, or a list: the mean of their probabilities; or {{record: records/…, make: …}}
+  model: {{name: decoder, layers: 3, width: 96, heads: 3}}
+  train: {{steps: 600, batch_size: 16, clip_norm: 1.0, optimiser: {{name: adamw, lr: 0.003, schedule: {{name: cosine, warmup: 0.05}}}}}}
+{data}"""
+_FOREIGN_TEXT = "  data: {source: {name: python_manual, tokenizer: bytes, length: 64}}   # the same text in the teacher's own tokens\n"
+_TEXT_CLASSIFIER = """\
+# {title}
+# {source}
+# Run it:   limbeck distill {file}
+# Any field can be overridden:   limbeck distill {file} --set train.epochs=3
+name: {name}
+seeds: [0, 1, 2]
+
+method:
+  name: {name}
+{knobs}
+
+teacher:                       # encoders: text_transformer, minilm (a package), encoder (a folder)
+  model: {{name: text_transformer, layers: 4, width: 64, heads: 4}}
+  train: {{epochs: 6, batch_size: 32, optimiser: {{name: adamw, lr: 0.001, schedule: {{name: cosine, warmup: 0.1}}}}}}
+
+student:
+  model: {{name: text_transformer, layers: 2, width: 32, heads: 2}}
+
+data:
+  source: {{name: python_manual_topics, length: 32}}   # text_classification: banking77, sst2, agnews, a parquet file of your own
+  validation: 100
+
+train:
+  epochs: 6
+  batch_size: 32
+  drop_last: true
+  optimiser: {{name: adamw, lr: 0.001, schedule: {{name: cosine, warmup: 0.1}}}}
+
+compare:
+  alone: true                  # also train the same student without a teacher
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Example:
     """What `limbeck new` writes for a method that makes data sets: knobs that suit digits and a minute or two, and YAML for the sections."""
@@ -390,6 +462,17 @@ def write_recipe(name: str, output: Path | None) -> Path:
             student=example.student, train=example.train, judged=example.judged,
         )  # fmt: skip
         files.write_atomic(path, text)
+        return path
+    if method.produces == "language_model":
+        foreign = method.foreign_teacher
+        shown = _LANGUAGE_TEACHER.format(data=_FOREIGN_TEXT if foreign else "") if has_teacher else ""
+        text = _LANGUAGE.format(
+            title=paper.title, source=source, file=path, name=name, knobs="\n".join(lines), teacher=shown, tokenizer="characters" if foreign else "bytes"
+        )  # fmt: skip
+        files.write_atomic(path, text)
+        return path
+    if method.reads_text:
+        files.write_atomic(path, _TEXT_CLASSIFIER.format(title=paper.title, source=source, file=path, name=name, knobs="\n".join(lines)))
         return path
     teacher = _RECORDED.format(name=name, make=made) if method.needs_record else _TEACHER if has_teacher else ""
     labelled = _LABELLED.format(why="; the others are chosen among" if method.needs_unlabelled else "")

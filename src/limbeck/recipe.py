@@ -125,7 +125,8 @@ class EvaluateSpec(Frozen):
 class CompareSpec(Frozen):
     """What the distilled student is compared with."""
 
-    alone: bool = Field(True, description="the same student trained on the labels alone, for as many steps")
+    alone: bool = Field(True, description="the same student trained on the labels (a language model: on the text) alone, for as many steps")
+    live: bool = Field(False, description="a recorded teacher: also the same student distilled from the networks that the record's `make` names")
 
 
 class Written(Frozen):
@@ -225,7 +226,8 @@ class Recipe(Written):
 class RecordSpec(Frozen):
     """What is kept of a teacher's answers."""
 
-    codec: Component = Field(Component(name="full"), description="how logits are stored: full, half, log8, topk, topk8")
+    codec: Component = Field(Component(name="full"), description="how logits are stored: full, half, log8, topk, topk8; of language models compact, plain_topk")
+    prior_rows: int = Field(8192, ge=1, le=10**7, description="'compact': positions of the text on which the codec's prior is fitted first")
     members: bool = Field(False, description="keep every member of an ensemble, not the mean of their probabilities alone")
     features: tuple[str, ...] = Field((), description="modules whose outputs are kept too, as float16 (of one network)")
     scores: tuple[str, ...] = Field((), description="per-sample scores that are kept too: confidence, margin, entropy, el2n, loss")

@@ -19,15 +19,20 @@ from limbeck.contract import Batch, validated
 from limbeck.data import AugmentSpec, Views, ViewSpec
 from limbeck.errors import InputError, suggestion
 from limbeck.evaluate import cost
-from limbeck.ingredients import Ingredients, Prepared, data_identity, fits, network, prepare
+from limbeck.ingredients import Ingredients, Prepared, data_identity, network, prepare, tokenizer_of, width
+from limbeck.language.models import LanguageModel
+from limbeck.language.sources import ModelSource
 from limbeck.losses.scores import RECORDED
 from limbeck.methods.classifiers.supervised import Supervised
+from limbeck.methods.language.next_token import NextToken
 from limbeck.models import taps
 from limbeck.models.weights import fingerprint
 from limbeck.recipe import CompareSpec, EvaluateSpec, Recipe, RecordRecipe, RecordSpec
-from limbeck.records import Codec, Field, Part, Record, RecordWriter, Task, codec_from
+from limbeck.records import Codec, Field, Part, Record, RecordWriter, Task, TokenCodec, codec_from
 from limbeck.records.stores import store_for
 from limbeck.records.writer import load_index, load_manifest
+from limbeck.recording_tokens import TokenRecorder
+
 from limbeck.runner import Runner, Style, rank, start_processes
 from limbeck.teachers import as_teacher
 from limbeck.teachers.recorded import combined
@@ -61,17 +66,22 @@ def record_teacher(
     module = teacher if isinstance(teacher, nn.Module) else None
     if module is not None:
         module.to(device)
-    shown = Views(views, augment, prepared.train)
-    recorder = _Recorder(teacher, module, prepared, shown, spec, device)
+    recorder: _Recorder | TokenRecorder
+    if isinstance(teacher, ModelSource):
+        if views != ViewSpec(count=1) or augment != AugmentSpec():
+            raise InputError("text has no views.", where="data.views", fix="Leave out data.views and data.augment.")
+        recorder = TokenRecorder(teacher, prepared, spec, device)
+    else:
+        recorder = _Recorder(teacher, module, prepared, Views(views, augment, prepared.train), spec, device)
     writer = RecordWriter(
         url,
         identity={
             "teacher": {"fingerprint": "" if module is None else fingerprint(module), "members": recorder.members},
             "data": data_identity(prepared, test=spec.test),
             "views": views.policy(augment),
-            "codec": recorder.codec.spec(),
+            "codec": recorder.codec.identity() if isinstance(recorder.codec, TokenCodec) else recorder.codec.spec(),
             "contents": {"features": list(spec.features), "scores": list(spec.scores), "members": spec.members, "batch_size": spec.batch_size},
-            "tokenizer": spec.tokenizer,
+            "tokenizer": recorder.tokenizer,
         },
         about=recorder.about(),
         parts=recorder.parts(),
@@ -94,7 +104,7 @@ def record_teacher(
                     rows.append(recorder.rows(task.part, batch, extra))
                     done += len(batch)
                     watched.advance(done)
-                writer.write(task, {name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+                writer.write(task, recorder.assembled(rows))
         finally:
             watched.stop()
         if world > 1:
@@ -126,7 +136,7 @@ class _Recorder:
 
     def __init__(self, teacher: Any, module: nn.Module | None, prepared: Prepared, views: Views, spec: RecordSpec, device: torch.device) -> None:
         self.teacher, self.module, self.prepared, self.views, self.spec, self.device = teacher, module, prepared, views, spec, device
-        self.codec = checked(spec, prepared)
+        self.codec, self.tokenizer = checked(spec, prepared), spec.tokenizer
         self.tapped: nn.Module | None = None
         if spec.features:
             members = getattr(module, "members", None)
@@ -134,7 +144,8 @@ class _Recorder:
                 raise InputError("features are recorded of one network.", where="record.features", fix="Give one teacher that is a module.")
             self.tapped = members[0]
         try:
-            probe = self.rows("train", *self.batch("train", torch.zeros(1, dtype=torch.int64), 0))
+            first = self.batch("train", torch.zeros(1, dtype=torch.int64), 0)
+            self.dtype, probe = first[0].inputs.dtype, self.rows("train", *first)
         except InputError as error:
             raise (InputError(error.what, where="record.features", fix=error.fix) if error.where == "paths" else error) from error
         self.members = int(probe["logits"].shape[1])
@@ -160,7 +171,7 @@ class _Recorder:
         found["teacher"] = ", ".join(type(member).__name__ for member in members)
         found |= {"parameters": cost.parameters(self.module), "bytes": cost.tensor_bytes(self.module)}
         try:
-            found["macs"] = sum(cost.macs(member, self.prepared.input_shape) for member in members)
+            found["macs"] = sum(cost.macs(member, self.prepared.input_shape, self.dtype) for member in members)
         except (RuntimeError, NotImplementedError):
             found["macs"] = None
         return found
@@ -194,6 +205,10 @@ class _Recorder:
             found |= {f"scores/{name}": RECORDED[name](logits, targets).float() for name in self.spec.scores}
         return {name: value.cpu().numpy() for name, value in found.items()}
 
+    def assembled(self, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What the writer takes of one task."""
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
     @torch.no_grad()
     def _answers(self, inputs: Tensor) -> Tensor:
         """[T, B, C]: every member, or the ensemble as one."""
@@ -204,7 +219,7 @@ class _Recorder:
 class _Chunks(Dataset[Any]):
     """What the teacher is shown, batch by batch over all tasks. A batch lies within one task: a file does not depend on the others."""
 
-    def __init__(self, recorder: _Recorder, tasks: Sequence[Task], batch_size: int) -> None:
+    def __init__(self, recorder: _Recorder | TokenRecorder, tasks: Sequence[Task], batch_size: int) -> None:
         self.show, self.batch_size = recorder.batch, batch_size
         self.places = [(task, part) for task in tasks for part in self.sizes(task)]
 
@@ -261,6 +276,12 @@ def record(
     if spec.test and test is None:
         raise InputError("there are no test data to record.", where="settings.test", fix="Give data=(train, test), or test=False.")
     example = train.prepare(train.fetch(torch.zeros(1, dtype=torch.int64))[0])
+    members = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+    if all(isinstance(member, LanguageModel) for member in members):
+        prepared = Prepared(train, test if test is not None else train, None, width(datasets.Splits(train, test or train)), tuple(example.shape[1:]))
+        return record_teacher(
+            ModelSource(members), prepared, output, views=views or ViewSpec(count=1), augment=augment or AugmentSpec(), spec=spec, progress=choose(style)
+        )
     taught = as_teacher(teacher)
     try:
         classes = int(taught.logits(Batch(example)).shape[1])
@@ -274,11 +295,13 @@ def record(
 def _from_recipe(recipe: RecordRecipe, output: str | Path | None, style: Style) -> Record:
     url = str(output) if output is not None else f"records/{recipe.name}"
     start_processes(cpu=recipe.device == "cpu")
+    tokens = tokenizer_of(prepare(recipe.data, recipe.seed))
     parts = Ingredients(
-        name=recipe.name, seeds=(recipe.seed,), method=Supervised, data=lambda seed: prepare(recipe.data, seed), student=_none, fresh=_none,
+        name=recipe.name, seeds=(recipe.seed,), method=Supervised if tokens is None else NextToken, data=lambda seed: prepare(recipe.data, seed), student=_none, fresh=_none,
         teachers=recipe.teacher, given_teacher=None, train=TrainConfig(epochs=0), augment=recipe.data.augment, evaluate=EvaluateSpec(),
         compare=CompareSpec(alone=False), student_spec=None, data_key=recipe.data.model_dump_json(), cpu=recipe.device == "cpu",
     )  # fmt: skip
+    runner = Runner(parts, None, style=style)
     local = "://" not in url
     folder = Path(url) if local else None
     work = None if folder is None else folder.with_name(f".{folder.name}.work")  # lock, and teachers trained here: a record holds nothing else
@@ -290,12 +313,14 @@ def _from_recipe(recipe: RecordRecipe, output: str | Path | None, style: Style) 
     with locked(work) if work is not None and rank() == 0 else nullcontext():
         try:
             prepared = parts.data(recipe.seed)
-            checked(recipe.record, prepared)
+            if tokens is None:
+                checked(recipe.record, prepared)
             example = prepared.train.prepare(prepared.train.fetch(torch.zeros(1, dtype=torch.int64))[0])
             for index, spec in enumerate(recipe.teacher):
                 where = "teacher" if len(recipe.teacher) == 1 else f"teacher.{index}"
-                fits(network(spec, prepared, 0, where), example, prepared, where)
-            teacher, _ = Runner(parts, None, cache=work, style=style).teacher(prepared, recipe.seed)
+                runner.kind.fits(network(spec, prepared, 0, where), example, prepared, where)
+            runner.cache = work
+            teacher, _ = runner.teacher(prepared, recipe.seed)
             assert teacher is not None
             views = recipe.data.views or ViewSpec(count=1)
             return record_teacher(

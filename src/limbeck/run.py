@@ -32,8 +32,9 @@ from limbeck.evaluate.cost import torch_threads
 from limbeck.evaluate.statistics import Latency
 from limbeck.export import folder as artefacts
 from limbeck.export import rebuild
-from limbeck.ingredients import Ingredients, Prepared, from_recipe, make_method, replay
+from limbeck.ingredients import Ingredients, Prepared, from_recipe, make_method, replay, width
 from limbeck.kinds import Measured, kind_of
+from limbeck.language.models import LanguageModel
 from limbeck.recipe import CompareSpec, EvaluateSpec, Recipe
 from limbeck.records import Record
 from limbeck.report import html
@@ -257,7 +258,7 @@ def distill(
         teacher: an nn.Module, a list of them (an ensemble), a `limbeck.Record`, or anything with `logits(batch)`; None for methods without one.
         student: the module to train; a classifier is trained in place and returned as `Result.student`, a denoiser becomes `Result.student`, a generator.
         data: (train, test), each a torch Dataset of (input, label) pairs, a pair of tensors, or a limbeck data set.
-        method: such as `limbeck.methods.KD(temperature=4)`; the default is KD.
+        method: such as `limbeck.methods.KD(temperature=4)`; the default is KD, of a language model TokenKD.
         train: a TrainConfig or its fields; the default is 10 epochs of SGD.
         views: the looks at every sample, as the record has them. augment, validation, seed: see TrainConfig and Method.bind.
         alone: also train a copy of the student without a teacher.
@@ -280,11 +281,11 @@ def distill(
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise InputError("data must be a pair (train, test).", where="data")
     train_data, test_data = (datasets.as_data(part) for part in data)
-    chosen = method if method is not None else make_method(Component(name="kd"))
+    chosen = method if method is not None else make_method(Component(name="token_kd" if isinstance(student, LanguageModel) else "kd"))
     config = train if isinstance(train, TrainConfig) else _train_config(train)
     example = train_data.prepare(train_data.fetch(torch.arange(min(2, len(train_data))))[0])
     with torch.no_grad():
-        classes = _classes(student, example) if chosen.produces == "classifier" else len(train_data.classes)
+        classes = _classes(student, example) if chosen.produces == "classifier" else width(datasets.Splits(train_data, test_data))
     prepared = Prepared(
         train_data, test_data, None if validation is None else datasets.as_data(validation), classes, tuple(example.shape[1:])
     )  # fmt: skip
@@ -341,7 +342,9 @@ def _data_identity(data: Data | None) -> list[Any]:
     if data is None:
         return []
     targets = data.targets
-    return [len(data), None if targets is None else hashlib.sha256(targets.contiguous().numpy().tobytes()).hexdigest()]
+    if targets is None:
+        return [len(data), datasets.inputs_fingerprint(data)]
+    return [len(data), hashlib.sha256(targets.contiguous().numpy().tobytes()).hexdigest()]
 
 
 def _train_config(values: Mapping[str, Any] | None) -> TrainConfig:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from limbeck import data as datasets
 from limbeck import seeds
+from limbeck.components import Component
 from limbeck.contract import IGNORE, Artefact, Method, Teacher
 from limbeck.data import AugmentSpec, BatchPlan, Views
 from limbeck.errors import InputError
@@ -26,7 +27,6 @@ from limbeck.evaluate import cost
 from limbeck.export import folder as artefacts
 from limbeck.ingredients import Ingredients, PlannedExperts, Prepared, all_inputs, make_method, network, prepare
 from limbeck.kinds import Kind, Measured, kind_of
-from limbeck.methods.classifiers.supervised import Supervised
 from limbeck.recipe import ModelSpec, TeacherSpec
 from limbeck.report.summary import Curve, Outcome, Picture
 from limbeck.synthetic.experts import train_experts
@@ -122,21 +122,24 @@ class Runner:
         members = []
         for index, spec in enumerate(parts.teachers):
             where = "teacher" if len(parts.teachers) == 1 else f"teacher.{index}"
-            members.append(network(spec, prepared, 0, where))
-            kind.fits(members[-1], example, prepared, where)
+            shape = self._shaping(spec, prepared, seed, where)
+            members.append(network(spec, shape, 0, where))
+            kind.fits(members[-1], example if shape is prepared else _example(shape), shape, where)
             if spec.train is not None:
                 base = prepared if spec.data is None else self._other_data(spec, prepared, seed, where)
-                self._rehearse(make_method(spec.method), members[-1], base, seed, spec.train, None, where)
+                self._rehearse(self._first_method(spec), members[-1], base, seed, spec.train, None, where)
+        for spec in parts.live:
+            kind.fits(network(spec, prepared, 0, "teacher.make"), example, prepared, "teacher.make")
         teacher = parts.given_teacher if parts.given_teacher is not None else kind.teacher(members) if members else None
         if parts.record is not None:
             teacher = parts.record(prepared)
         if parts.experts is not None and (planned := parts.experts.experts) is not None:
             teacher = PlannedExperts(planned.count, planned.epochs, sum(p.numel() for p in student.parameters()))
         if parts.student_spec is not None and parts.student_spec.train is not None:
-            self._rehearse(make_method(parts.student_spec.method), copy.deepcopy(student), prepared, seed, parts.student_spec.train, teacher, "student")
+            self._rehearse(self._first_method(parts.student_spec), copy.deepcopy(student), prepared, seed, parts.student_spec.train, teacher, "student")
         self._rehearse(method, copy.deepcopy(student), prepared, seed, parts.train, teacher, "")
         if self._has_alone(method, prepared):
-            self._rehearse(Supervised(), copy.deepcopy(student), prepared, seed, parts.train, None, "")
+            self._rehearse(kind.plain(), copy.deepcopy(student), prepared, seed, parts.train, None, "")
 
     def _rehearse(self, method: Method, student: nn.Module, prepared: Prepared, seed: int, config: TrainConfig, teacher: Teacher | None, where: str) -> None:
         """Bind a method and cut its data into batches, without training. Raises InputError."""
@@ -157,8 +160,13 @@ class Runner:
 
     def _has_alone(self, method: Method, prepared: Prepared) -> bool:
         """Whether the student is also trained without a teacher."""
-        labelled = prepared.train.targets is not None
-        return self.parts.compare.alone and not isinstance(method, Supervised) and self.kind.trains_alone and labelled
+        plain = self.kind.plain()
+        learnable = prepared.train.targets is not None or not plain.needs_labels
+        return self.parts.compare.alone and not isinstance(method, type(plain)) and self.kind.trains_alone and learnable
+
+    def _first_method(self, spec: ModelSpec) -> Method:
+        """How a network is trained first; where the recipe does not say, as its kind learns from the data alone."""
+        return self.kind.plain() if spec.method == Component(name="supervised") else make_method(spec.method)
 
     def seed(self, seed: int) -> SeedResult:
         """Train and measure one seed."""
@@ -174,6 +182,13 @@ class Runner:
         if self._has_alone(method, prepared):
             alone = self._alone(prepared, seed, start, None if place is None else place / "alone")
             arms.append(Measured("alone", kind.labels["alone"], self._outcome(alone, prepared, seed, reference)))
+        if parts.live:
+            live, _ = self.live(prepared, seed)
+            beside = self._train(
+                parts.method(), copy.deepcopy(start), prepared, seed, parts.train, None if place is None else place / "live", teacher=live,
+                label=f"live seed {seed}", test=True,
+            )  # fmt: skip
+            arms.append(Measured("other", kind.labels["live"], self._outcome(beside, prepared, seed, reference)))
         student = copy.deepcopy(start)
         made = self._train(method, student, prepared, seed, parts.train, place, teacher=teacher, label=f"{parts.name} seed {seed}", test=True)
         if place is not None and rank() == 0 and kind.keeps_first:
@@ -188,7 +203,10 @@ class Runner:
         pictures: tuple[Picture, ...] = ()
         facts = method.facts()
         if seed == parts.seeds[0]:
-            costs = self._costs({"teacher": teacher, "alone": alone, "distilled": made}, prepared)
+            shown = self.live(prepared, seed)[0] if parts.live else teacher
+            costs = self._costs({"teacher": shown, "alone": alone, "distilled": made}, prepared)
+            if parts.live:
+                costs["other"] = {key: costs["distilled"][key] for key in ("parameters", "macs", "bytes")}
             pictures, facts = kind.pictures(teacher, made.module, prepared, reference), kind.facts(reference) | facts
         barrier()
         notes = () if made.trained is None else tuple(made.trained.notes)
@@ -201,7 +219,7 @@ class Runner:
         parts = self.parts
         if parts.record is not None:
             recorded = parts.record(prepared)
-            return recorded, self.reference(recorded, prepared)
+            return recorded, self.live(prepared, seed)[1] if parts.live else self.reference(recorded, prepared)
         if parts.experts is not None:
             of = seed if parts.experts.seed is None else parts.experts.seed
             if (key := f"experts {of}") not in self._teachers:
@@ -217,15 +235,23 @@ class Runner:
             if key not in self._teachers:
                 self._teachers[key] = (parts.given_teacher, self.reference(parts.given_teacher, prepared))
             return self._teachers[key]
-        own = [seed if spec.seed is None else spec.seed for spec in parts.teachers]
+        return self._networks(parts.teachers, prepared, seed)
+
+    def live(self, prepared: Prepared, seed: int) -> tuple[Any, Any]:
+        """The networks that a record was made of, as `teacher` gives them."""
+        return self._networks(self.parts.live, prepared, seed)
+
+    def _networks(self, specs: Sequence[TeacherSpec], prepared: Prepared, seed: int) -> tuple[Any, Any]:
+        parts = self.parts
+        own = [seed if spec.seed is None else spec.seed for spec in specs]
         key = json.dumps(own)
         if key not in self._teachers:
             members = []
-            for index, (spec, of) in enumerate(zip(parts.teachers, own, strict=True)):
-                where = "teacher" if len(parts.teachers) == 1 else f"teacher.{index}"
-                name = "teacher" if len(parts.teachers) == 1 else f"teacher-{index + 1}"
+            for index, (spec, of) in enumerate(zip(specs, own, strict=True)):
+                where = "teacher" if len(specs) == 1 else f"teacher.{index}"
+                name = "teacher" if len(specs) == 1 else f"teacher-{index + 1}"
                 place = 0 if spec.seed is not None else index  # a seed of its own makes the same network wherever it stands
-                module = network(spec, prepared, seeds.derive(of, "teacher", place), where)
+                module = network(spec, self._shaping(spec, prepared, of, where), seeds.derive(of, "teacher", place), where)
                 if spec.train is not None:
                     shared = spec.seed is not None
                     base = self._other_data(spec, prepared, of, where) if spec.data is not None else parts.data(of) if shared else prepared
@@ -278,6 +304,10 @@ class Runner:
         barrier()
         return found
 
+    def _shaping(self, spec: ModelSpec, prepared: Prepared, seed: int, where: str) -> Prepared:
+        """The data that decide how many outputs a teacher has: its own, where the method takes one of another tokenizer."""
+        return self._other_data(spec, prepared, seed, where) if spec.data is not None and self.parts.method().foreign_teacher else prepared
+
     def _other_data(self, spec: ModelSpec, prepared: Prepared, seed: int, where: str) -> Prepared:
         """The data that a network is trained on beforehand, where they are not the run's. Raises InputError where the two do not fit."""
         assert spec.data is not None
@@ -285,6 +315,8 @@ class Runner:
             found = prepare(spec.data, seed)
         except InputError as error:
             raise error.at(where) from error
+        if self.parts.method().foreign_teacher and where.startswith("teacher"):
+            return found
         if found.num_classes != prepared.num_classes or found.input_shape != prepared.input_shape:
             raise InputError(
                 f"its data have {found.num_classes} classes and inputs of shape {list(found.input_shape)}, the run's {prepared.num_classes} and "
@@ -321,7 +353,7 @@ class Runner:
         assert spec.train is not None
         data_key = self.parts.data_key if spec.data is None else spec.data.model_dump_json()
         facts = [spec.model_dump_json(), data_key, str(seed), str(self.parts.cpu)]
-        if teacher is not None and make_method(spec.method).needs_teacher:
+        if teacher is not None and self._first_method(spec).needs_teacher:
             facts += [f"{t.model_dump_json()} {run_seed if t.seed is None else t.seed}" for t in self.parts.teachers]
         facts += [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (s.weights for s in (spec, *self.parts.teachers)) if file is not None]
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
@@ -330,7 +362,7 @@ class Runner:
             kept = artefacts.read_config(place / "artefact")
             if kept.extra.get("key") == key:
                 return artefacts.load(place / "artefact", model=module)
-        method = make_method(spec.method)
+        method = self._first_method(spec)
         augment = self.parts.augment if spec.data is None else spec.data.augment
         made = self._train(method, module, prepared, seed, spec.train, place, teacher=teacher, label=f"{name} seed {seed}", test=False, augment=augment)
         artefact = self.kind.beforehand(method)
@@ -350,7 +382,7 @@ class Runner:
             whole, part = epoch(len(prepared.train)), max(epoch(len(labelled)), 1)
             every = config.evaluate_every and max(1, round(config.evaluate_every * whole / part))
             config = config.model_copy(update={"epochs": None, "steps": (config.epochs or 0) * whole, "evaluate_every": every})
-        method = Supervised()
+        method = self.kind.plain()
         return self._train(method, copy.deepcopy(start), prepared, seed, config, folder, teacher=None, label=f"alone seed {seed}", test=True)
 
     # -- training, measuring, keeping
@@ -406,7 +438,8 @@ class Runner:
         outcome, trained = self.kind.outcome(seed, made.module, prepared, reference), made.trained
         if trained is None:
             return outcome
-        return replace(outcome, training_seconds=trained.seconds, examples_seen=trained.samples, curves=_curves(trained.rows))
+        outcome = replace(outcome, training_seconds=trained.seconds, examples_seen=trained.samples, curves=_curves(trained.rows))
+        return self.kind.trained(outcome, trained, prepared)
 
     def _costs(self, made: Mapping[str, Any], prepared: Prepared) -> dict[str, Any]:
         """Parameters, multiply-accumulates, bytes and latencies by role, measured side by side."""
@@ -418,7 +451,7 @@ class Runner:
         example = self.kind.example(prepared)
         costs: dict[str, Any] = {}
         for role, module in modules.items():
-            costs[role] = {"parameters": cost.parameters(module), "macs": _macs(module, prepared.input_shape), "bytes": _bytes(made[role], module)}
+            costs[role] = {"parameters": cost.parameters(module), "macs": _macs(module, prepared.input_shape, example.dtype), "bytes": _bytes(made[role], module)}
         if self.parts.evaluate.latency:
             most = self.kind.most_repeats
             repeats = self.parts.evaluate.latency_repeats if most is None else min(self.parts.evaluate.latency_repeats, most)
@@ -455,9 +488,14 @@ class Runner:
         return self.folder if seed == self.parts.seeds[0] else self.folder / f"seed-{seed}"
 
 
-def _macs(module: nn.Module, input_shape: Sequence[int]) -> int | None:
+def _example(prepared: Prepared) -> Tensor:
+    """Two inputs as a network takes them."""
+    return prepared.train.prepare(prepared.train.fetch(torch.arange(min(2, len(prepared.train))))[0])
+
+
+def _macs(module: nn.Module, input_shape: Sequence[int], dtype: torch.dtype) -> int | None:
     try:
-        return cost.macs(module, input_shape)
+        return cost.macs(module, input_shape, dtype)
     except (RuntimeError, NotImplementedError):
         return None
 

@@ -281,5 +281,6 @@ def test_the_catalogue_names_importable_functions() -> None:
     from limbeck.components import import_object
 
     images = {"digits", "digit_pairs", "fashion_mnist", "cifar10", "cifar100", "image_folder", "huggingface", "tensors"}
-    assert set(CATALOGUE) == images | {"two_moons", "gaussian_grid", "gaussian_ring", "checkerboard"}
+    texts = {"python_manual", "novels", "text_file", "prompts", "text_classification", "text_features"}
+    assert set(CATALOGUE) == images | texts | {"two_moons", "gaussian_grid", "gaussian_ring", "checkerboard"}
     assert all(callable(import_object(path)) for path in CATALOGUE.values())

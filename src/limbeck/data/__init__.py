@@ -37,6 +37,12 @@ CATALOGUE = {
     "gaussian_grid": "limbeck.data.points:gaussian_grid",
     "gaussian_ring": "limbeck.data.points:gaussian_ring",
     "checkerboard": "limbeck.data.points:checkerboard",
+    "python_manual": "limbeck.language.manual:python_manual",
+    "novels": "limbeck.language.texts:novels",
+    "text_file": "limbeck.language.texts:text_file",
+    "prompts": "limbeck.language.texts:prompts",
+    "text_classification": "limbeck.language.classification:text_classification",
+    "text_features": "limbeck.language.classification:text_features",
 }
 """Short name → import path of every data source: a function that returns `Splits`."""
 

@@ -26,14 +26,14 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def macs(module: nn.Module, input_shape: Sequence[int]) -> int:
-    """Multiply-accumulates of one forward pass of one float input of shape `input_shape` (no batch dimension).
+def macs(module: nn.Module, input_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+    """Multiply-accumulates of one forward pass of one input of shape `input_shape` (no batch dimension): zeros, or ones where `dtype` is of whole numbers.
 
     Matrix products, convolutions and attention count, as torch.utils.flop_counter has them (two operations each); elementwise work does not.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    example = torch.zeros(1, *input_shape, device=device_of(module))
+    example = torch.full((1, *input_shape), 0 if dtype.is_floating_point else 1, dtype=dtype, device=device_of(module))
     with torch.no_grad(), evaluating(module), _unfused(), FlopCounterMode(display=False) as counter:
         module(example)
     return int(counter.get_total_flops()) // 2

@@ -101,13 +101,14 @@ def save(
     Raises:
         InputError: the folder holds something other than a saved model. ValueError, TypeError: a value is not JSON.
     """
-    state: Mapping[str, Tensor] = artefact.module.state_dict()
+    module = rebuild.deployed(artefact.module)
+    state: Mapping[str, Tensor] = module.state_dict()
     tensors, tied = _untied(state if artefact.encoder is None else artefact.encoder.encode(state))
     content = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config = ArtefactConfig(
         limbeck=limbeck.__version__,
         kind=artefact.kind,
-        model=None if model is None else rebuild.self_contained(model, artefact.module),
+        model=None if model is None else rebuild.self_contained(model, module),
         num_classes=num_classes,
         input_shape=None if input_shape is None else tuple(input_shape),
         preprocess=dict(preprocess),
@@ -121,8 +122,8 @@ def save(
     def write(target: Path) -> None:
         (target / WEIGHTS).write_bytes(content)
         (target / CONFIG).write_text(json.dumps(config.model_dump(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        if isinstance(artefact.module, SyntheticSet) and artefact.module.shows:
-            artefact.module.save_png(target / PICTURES)
+        if isinstance(module, SyntheticSet) and module.shows:
+            module.save_png(target / PICTURES)
 
     return replace_folder(folder, write)
 

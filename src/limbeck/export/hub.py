@@ -1,6 +1,6 @@
 """A folder in the shape of the Hugging Face Hub: weights, config.json, and a model card made from what the artefact knows.
 
-A transformers classifier is written by its own `save_pretrained`, so that `AutoModelForImageClassification.from_pretrained` opens it;
+A transformers classifier or language model is written by its own `save_pretrained`, so that `AutoModelFor….from_pretrained` opens it;
 anything else keeps limbeck's config.json and opens with `limbeck.load`.
 """
 
@@ -58,7 +58,8 @@ def export_hf(item: nn.Module | Artefact, folder: Path | str) -> Exported:
         def write(target: Path) -> None:
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                 inner.save_pretrained(target)
-            _name_classes(target / CONFIG, classes)
+            if known.get("kind") != "language_model":
+                _name_classes(target / CONFIG, classes)
             (target / CARD).write_text(card(known, Path(folder).name, library="transformers"), encoding="utf-8")
 
         return Exported.of(replace_folder(folder, write))
@@ -82,7 +83,7 @@ def card(config: Mapping[str, Any], name: str, *, library: str) -> str:
     shape, classes, preprocess = config.get("input_shape"), config.get("classes") or (), config.get("preprocess") or {}
     images = kind == "classifier" and shape is not None and len(shape) == 3
     lines = ["---", f"library_name: {library}"]
-    lines += ["pipeline_tag: image-classification"] if images else []
+    lines += ["pipeline_tag: image-classification"] if images else ["pipeline_tag: text-generation"] if kind == "language_model" else []
     lines += ["tags:", "- distillation", "- limbeck", "---", "", f"# {name}", ""]
     article = "An" if kind[0] in "aeiou" else "A"
     lines += [
@@ -93,9 +94,11 @@ def card(config: Mapping[str, Any], name: str, *, library: str) -> str:
     metrics = extra.pop("metrics", {})
     if metrics:
         lines += ["## Results", "", "| metric | value |", "|---|---|", *(f"| {key} | {_shown(value)} |" for key, value in metrics.items()), ""]
-    opener = "from_pretrained" if library == "transformers" else "load"
+    opener = "load" if library != "transformers" else "language_model" if kind == "language_model" else "classifier"
     lines += ["## Use", "", "```python", *_USE[opener], "```", ""]
-    if shape is not None:
+    if kind == "language_model":
+        lines += ["Inputs are token ids of the tokenizer below (limbeck's own rows: int64 [B, 2, L], ids and shifted targets).", ""]
+    elif shape is not None:
         lines += [f"Inputs are float32 of shape [B, {', '.join(str(n) for n in shape)}].", ""]
     if preprocess:
         lines += ["Preprocessing: " + ", ".join(f"{key} {_shown(value)}" for key, value in preprocess.items()) + ".", ""]
@@ -109,7 +112,8 @@ def card(config: Mapping[str, Any], name: str, *, library: str) -> str:
 
 _USE = {
     "load": ("import limbeck", "", 'model = limbeck.load("FOLDER")  # a torch module in eval mode'),
-    "from_pretrained": (
+    "language_model": ("from transformers import AutoModelForCausalLM", "", 'model = AutoModelForCausalLM.from_pretrained("FOLDER")'),
+    "classifier": (
         "from transformers import AutoModelForImageClassification",
         "",
         'model = AutoModelForImageClassification.from_pretrained("FOLDER")',

@@ -14,8 +14,15 @@ from limbeck.errors import InputError
 
 _FETCHES = {models.CATALOGUE[name]: key for name, key in (("timm", "pretrained"), ("torchvision", "weights"), ("transformers", "pretrained"))}
 """The argument by which an adapter fetches weights: never when a module is only built to take its saved ones."""
-_OF_FOLDERS = ("limbeck.diffusion.adapters:", "limbeck.diffusion.latents:")
+_OF_PACKAGES = tuple(models.CATALOGUE[name] for name in ("causal_lm", "smollm2", "gemma3", "encoder", "minilm"))
+_OF_FOLDERS = ("limbeck.diffusion.adapters:", "limbeck.diffusion.latents:", *_OF_PACKAGES)
 """Builders whose modules know, as `arguments`, how to build them again without the folder that they came from."""
+
+
+def deployed(module: nn.Module) -> nn.Module:
+    """The module as it is saved: a model with adapters may say that they go into its weights (`deployed`); any other is itself."""
+    found: Any = getattr(module, "deployed", None)
+    return found() if callable(found) else module
 
 
 def self_contained(component: Component, module: nn.Module) -> Component:

@@ -8,9 +8,15 @@ from limbeck.kinds.base import Kind, Measured
 from limbeck.kinds.classifier import ClassifierKind
 from limbeck.kinds.dataset import DatasetKind
 from limbeck.kinds.generator import GeneratorKind
+from limbeck.kinds.language_model import LanguageModelKind
 from limbeck.recipe import EvaluateSpec
 
-KINDS: dict[str, type[Kind]] = {"classifier": ClassifierKind, "generator": GeneratorKind, "dataset": DatasetKind}
+KINDS: dict[str, type[Kind]] = {
+    "classifier": ClassifierKind,
+    "generator": GeneratorKind,
+    "dataset": DatasetKind,
+    "language_model": LanguageModelKind,
+}
 
 __all__ = ["KINDS", "Kind", "Measured", "kind_of"]
 

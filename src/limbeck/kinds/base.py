@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from limbeck.contract import Artefact, Data, Method
 from limbeck.data import AugmentSpec
 from limbeck.ingredients import Prepared
+from limbeck.methods.classifiers.supervised import Supervised
 from limbeck.recipe import EvaluateSpec
 from limbeck.report.summary import Outcome, Picture, Role
-from limbeck.train import TrainConfig
+from limbeck.train import TrainConfig, Trained
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Kind(ABC):
     """How runs that make one kind of artefact check, measure and show. One object serves a run; it may keep what is costly (features, samples)."""
 
     name: ClassVar[str]
-    labels: ClassVar[Mapping[str, str]] = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled"}
+    labels: ClassVar[Mapping[str, str]] = {"teacher": "teacher", "alone": "student alone", "distilled": "student distilled", "live": "student distilled live"}
     most_repeats: ClassVar[int | None] = None
     """The most timings that are taken of each module; None: as many as the recipe says."""
     keeps_first: ClassVar[bool] = False
@@ -58,6 +59,14 @@ class Kind(ABC):
     def beforehand(self, method: Method) -> Artefact:
         """What a network that was trained beforehand goes on as."""
         return method.artefact()
+
+    def plain(self) -> Method:
+        """How a network learns from the data alone, without a teacher."""
+        return Supervised()
+
+    def trained(self, outcome: Outcome, trained: Trained, prepared: Prepared) -> Outcome:
+        """An outcome with what its training tells of the kind's own measures."""
+        return outcome
 
     @abstractmethod
     def fits(self, module: nn.Module, example: Tensor, prepared: Prepared, where: str) -> None:

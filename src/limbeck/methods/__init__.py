@@ -33,6 +33,13 @@ BUILT_IN = {
     "krr_st": "limbeck.methods.datasets.krr_st:KRRST",
     "barlow_twins": "limbeck.methods.datasets.barlow_twins:BarlowTwins",
     "infer": "limbeck.methods.datasets.infer:INFER",
+    "next_token": "limbeck.methods.language.next_token:NextToken",
+    "token_kd": "limbeck.methods.language.token_kd:TokenKD",
+    "gkd": "limbeck.methods.language.gkd:GKD",
+    "cross_tokenizer": "limbeck.methods.language.cross_tokenizer:CrossTokenizer",
+    "first": "limbeck.methods.language.first:FIRST",
+    "distiller": "limbeck.methods.language.distiller:Distiller",
+    "capacity_gap": "limbeck.methods.language.capacity_gap:CapacityGap",
 }
 
 

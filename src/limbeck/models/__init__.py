@@ -1,8 +1,8 @@
 """Models by name: small reference networks and adapters to timm, torchvision and transformers.
 
 `CATALOGUE` maps a short name to a builder. Builders take `num_classes` and `input_shape` (of one input, without the batch) from the run,
-and return modules that map inputs [B, *input_shape] to logits [B, num_classes], or denoisers and generators (`limbeck.diffusion`). The functions below are
-imported on first use.
+and return modules that map inputs [B, *input_shape] to logits [B, num_classes], denoisers and generators (`limbeck.diffusion`), or language models
+(`limbeck.language`). The functions below are imported on first use.
 """
 
 from __future__ import annotations
@@ -47,6 +47,14 @@ CATALOGUE = {
     "diffusers_unet_condition": "limbeck.diffusion.adapters:diffusers_unet_condition",
     "diffusers_dit": "limbeck.diffusion.adapters:diffusers_dit",
     "diffusers_pipeline": "limbeck.diffusion.latents:diffusers_pipeline",
+    "decoder": "limbeck.language.decoder:decoder",
+    "causal_lm": "limbeck.language.build:causal_lm",
+    "smollm2": "limbeck.language.build:smollm2",
+    "columns_mlp": "limbeck.language.columns:columns_mlp",
+    "gemma3": "limbeck.language.build:gemma3",
+    "encoder": "limbeck.language.build:encoder",
+    "minilm": "limbeck.language.build:minilm",
+    "text_transformer": "limbeck.language.build:text_transformer",
 }
 
 _PUBLIC = {

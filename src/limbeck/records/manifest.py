@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from limbeck.errors import InputError
 from limbeck.records.codecs import Codec, codec_from
+from limbeck.records.shards import BLOB
+from limbeck.records.token_codecs import MAX_LENGTH, TokenCodec, token_codec_from
 
 FORMAT = 1
 GO_ON = "`limbeck record` with the same recipe goes on where it stopped."
@@ -22,29 +24,38 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)
 
 @dataclass(frozen=True)
 class Field:
-    """One thing kept for each row: its name, its shape without the rows, its type on disk, and for logits [T, C] the codec."""
+    """One thing kept for each row: its name, its shape without the rows, its type on disk, and for logits [T, C] and tokens [L] the codec."""
 
     name: str
     shape: tuple[int, ...] = ()
     dtype: str = "float32"
-    codec: Codec | None = None
+    codec: Codec | TokenCodec | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise InputError(f"'{self.name}' cannot name a field.", where="fields", fix="Letters, digits, '_', '.', '-', and one '/'.")
         if self.dtype not in ("float32", "float16", "uint8"):
             raise InputError(f"type {self.dtype!r} is not kept.", where=f"fields.{self.name}", fix="Take float32, float16 or uint8.")
-        if (self.name == "logits") != (self.codec is not None) or (self.codec and len(self.shape) != 2):
+        if (self.name == "logits") != isinstance(self.codec, Codec) or (isinstance(self.codec, Codec) and len(self.shape) != 2):
             raise InputError("a codec goes with the field 'logits' of shape [T, C], and only with it.", where=f"fields.{self.name}")
+        if (self.name == "tokens") != isinstance(self.codec, TokenCodec) or (isinstance(self.codec, TokenCodec) and len(self.shape) != 1):
+            raise InputError("a token codec goes with the field 'tokens' of shape [L], and only with it.", where=f"fields.{self.name}")
         if any(size < 1 for size in self.shape):
             raise InputError(f"the shape {list(self.shape)} is empty.", where=f"fields.{self.name}")
-        if self.codec:
+        if isinstance(self.codec, Codec):
             self.codec.check(self.shape[1])
+        if isinstance(self.codec, TokenCodec) and self.shape[0] > MAX_LENGTH:
+            raise InputError(f"{self.shape[0]} positions a sample are not kept.", where="fields.tokens", fix=f"At most {MAX_LENGTH:,}.")
 
     @classmethod
     def logits(cls, codec: Codec, classes: int, members: int = 1) -> Field:
         """The logits of T members, [T, C] a row."""
         return cls("logits", (members, classes), "float32", codec)
+
+    @classmethod
+    def tokens(cls, codec: TokenCodec, length: int) -> Field:
+        """The k most probable tokens at each of `length` positions of a sample; which positions have any is kept with each sample."""
+        return cls("tokens", (length,), "float32", codec)
 
     @classmethod
     def features(cls, tap: str, shape: tuple[int, ...]) -> Field:
@@ -70,11 +81,15 @@ class Field:
         """The columns of a shard that hold this field: column -> (dtype, shape without the rows)."""
         if self.codec is None:
             return {self.name: (self.dtype, self.shape)}
+        if isinstance(self.codec, TokenCodec):
+            return {self.name: (BLOB, ())}
         members, classes = self.shape
         return {f"logits.{name}": (kind.str, (members, entries)) for name, (kind, entries) in self.codec.layout(classes).items()}
 
     def bytes_per_row(self) -> int:
-        """Bytes on disk of one row."""
+        """Bytes on disk of one row. Raises InputError for tokens: each sample has its own number."""
+        if isinstance(self.codec, TokenCodec):
+            raise InputError("tokens take another number of bytes in each row.", where="fields.tokens", fix="The record's summary says how many.")
         return sum(np.dtype(kind).itemsize * int(np.prod(shape)) for kind, shape in self.columns().values())
 
     def spec(self) -> dict[str, Any]:
@@ -85,7 +100,10 @@ class Field:
     @classmethod
     def from_spec(cls, name: str, spec: Mapping[str, Any]) -> Field:
         """The field that `spec` describes."""
-        return cls(name, tuple(spec["shape"]), spec["dtype"], codec_from(spec["codec"]) if "codec" in spec else None)
+        codec = None
+        if "codec" in spec:
+            codec = token_codec_from(spec["codec"]) if name == "tokens" else codec_from(spec["codec"])
+        return cls(name, tuple(spec["shape"]), spec["dtype"], codec)
 
 
 @dataclass(frozen=True, eq=False)

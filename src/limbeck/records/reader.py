@@ -16,9 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.errors import InputError, suggestion
+from limbeck.records.blobs import Blobs
+from limbeck.records.codecs import Codec
 from limbeck.records.manifest import GO_ON, Field, check_identity, shard_name
-from limbeck.records.shards import mapped, unpack
+from limbeck.records.shards import BLOB, mapped, unpack
 from limbeck.records.stores import LocalStore, Store, store_for
+from limbeck.records.token_codecs import TokenCodec, places_of, unpacked_rows
 from limbeck.records.writer import INDEX, MANIFEST, SAMPLES, load_index, load_manifest
 
 MAPS = 256  # shards mapped at once (each holds a file handle)
@@ -69,8 +72,36 @@ class RecordPart:
         """Rows by (sample id, view), in the order asked for: field -> [B, ...].
 
         Logits [B, T, C] float32: normalised log-probabilities (codec `full`: the logits). Features and scores float32, boxes [B, 4] float32, flip [B] uint8.
-        Raises InputError for an unknown field, id or view, and for a missing or damaged shard (before anything is returned).
+        "tokens" gives three: "tokens/ids" [B, L, k] int64, "tokens/logp" [B, L, k] float32, descending, and "tokens/present" [B, L] bool; elsewhere stands
+        the uniform distribution. Raises InputError for an unknown field, id or view, and for a missing or damaged shard (before anything is returned).
         """
+        positions, views = self._asked(names, ids_B, views_B)
+        columns = self._gather([column for name in names for column in self.fields[name].columns()], positions, views)
+        found: dict[str, NDArray[Any]] = {}
+        for name in names:
+            if isinstance(self.fields[name].codec, TokenCodec):
+                found |= self._token_rows(self.fields[name], columns[name], None)
+            else:
+                found[name] = self._decoded(self.fields[name], columns)
+        return found
+
+    def read_rows(self, ids_B: Any, views_B: Any, positions_B: Any) -> dict[str, NDArray[Any]]:
+        """Single rows of tokens by (sample id, view, position in the sample); nothing else of the samples is decoded.
+
+        Returns "tokens/ids" [B, k] int64, "tokens/logp" [B, k] float32, "tokens/present" [B] bool. Raises InputError as `read` does.
+        """
+        places, views = self._asked(["tokens"], ids_B, views_B)
+        field, at = self.fields["tokens"], np.asarray(positions_B, np.int64)
+        if at.shape != places.shape:
+            raise InputError(f"ids and positions must be two lists of one length, not {list(places.shape)} and {list(at.shape)}.", where="read_rows")
+        outside = (at < 0) | (at >= field.shape[0])
+        if outside.any():
+            raise InputError(f"position {int(at[np.argmax(outside)])} is not in a sample of {field.shape[0]}.", where=self._record.url)
+        (blobs,) = self._gather(["tokens"], places, views).values()
+        return self._token_rows(field, blobs, at)
+
+    def _asked(self, names: Sequence[str], ids_B: Any, views_B: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Places in the part and views, both [B], of a question that can be answered."""
         for name in names:
             if name not in self.fields:
                 raise InputError(f"the part '{self.name}' of the record holds no '{name}'.", where=self._record.url, fix=suggestion(name, self.fields))
@@ -83,10 +114,9 @@ class RecordPart:
             odd = int(views[np.argmax(outside)])
             fix = "Ask for views that were recorded, or record again with more views (what is there is kept)."
             raise InputError(f"view {odd} is not in the part '{self.name}' of the record ({self.views} views).", where=self._record.url, fix=fix)
-        columns = self._gather([column for name in names for column in self.fields[name].columns()], positions, views)
-        return {name: self._decoded(self.fields[name], columns) for name in names}
+        return positions, views
 
-    def _gather(self, names: list[str], positions: NDArray[np.int64], views: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def _gather(self, names: list[str], positions: NDArray[np.int64], views: NDArray[np.int64]) -> dict[str, Any]:
         """The stored columns of rows: grouped by shard, one `take` a shard and column, then back in order."""
         shard_rows = self._record.shard_rows
         per_view = -(-len(self.ids) // shard_rows)
@@ -95,18 +125,33 @@ class RecordPart:
         shards, offsets = shards[order], offsets[order]
         starts = np.flatnonzero(np.diff(shards, prepend=-1)).tolist()
         layouts = [self._columns[name] for name in names]
-        sorted_rows = [np.empty((len(shards), *shape), kind) for kind, shape in layouts]
+        sorted_rows: list[Any] = [[] if kind == BLOB else np.empty((len(shards), *shape), kind) for kind, shape in layouts]
         for start, stop in itertools.pairwise([*starts, len(shards)]):
             number = int(shards[start])
             arrays = self._record._shard(self, shard_name(self.name, number // per_view, number % per_view))
             for name, target in zip(names, sorted_rows, strict=True):
-                np.take(arrays[name], offsets[start:stop], axis=0, out=target[start:stop], mode="clip")
+                if isinstance(target, list):
+                    target += arrays[name].strings(offsets[start:stop])
+                else:
+                    np.take(arrays[name], offsets[start:stop], axis=0, out=target[start:stop], mode="clip")
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return {name: rows[back] for name, rows in zip(names, sorted_rows, strict=True)}
+        pairs = zip(names, sorted_rows, strict=True)
+        return {name: Blobs.of([rows[place] for place in back.tolist()]) if isinstance(rows, list) else rows[back] for name, rows in pairs}
+
+    def _token_rows(self, field: Field, blobs: Blobs, at: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+        """All rows of samples, or one of each."""
+        codec, pick = field.codec, slice(None) if at is None else (np.arange(len(blobs)), at)
+        assert isinstance(codec, TokenCodec)
+        try:
+            places = places_of(codec, blobs, field.shape[0])
+            rows = unpacked_rows(codec, blobs.data, places.present[pick], places.starts[pick], places.lengths[pick])
+        except InputError as error:
+            raise InputError(error.what, where=self._record.url, fix=error.fix) from error
+        return {f"{field.name}/{key}": array for key, array in rows.items()}
 
     def _decoded(self, field: Field, columns: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        if field.codec is None:
+        if not isinstance(field.codec, Codec):
             array = columns[field.name]
             return array.astype(np.float32) if field.dtype == "float16" else array
         members, classes = field.shape
@@ -172,7 +217,7 @@ class Record:
         """Refuse (InputError naming the field) a record whose identity differs in the top-level entries that `wanted` gives."""
         check_identity(self.identity, wanted, partial=True, where=self.url, fix=fix)
 
-    def _shard(self, part: RecordPart, file: str) -> dict[str, NDArray[Any]]:
+    def _shard(self, part: RecordPart, file: str) -> dict[str, Any]:
         loaded = self._load()
         arrays = loaded.maps.get(file)
         if arrays is None:
@@ -214,7 +259,7 @@ class _Loaded:
     def __init__(self, record: Record) -> None:
         self.store: Store = store_for(record.url)
         self._given, self._borrowed, self.temporary = record._cache_given, record._borrowed, ""
-        self.maps: OrderedDict[str, dict[str, NDArray[Any]]] = OrderedDict()
+        self.maps: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._verified: set[str] = set()
         manifest, index = load_manifest(self.store), load_index(self.store)
         if manifest is None:
@@ -244,7 +289,7 @@ class _Loaded:
             weakref.finalize(self, _remove_own, self.temporary, os.getpid())
         return Path(self.temporary)
 
-    def open_shard(self, file: str, columns: Mapping[str, tuple[str, tuple[int, ...]]], *, again: bool = False) -> dict[str, NDArray[Any]]:
+    def open_shard(self, file: str, columns: Mapping[str, tuple[str, tuple[int, ...]]], *, again: bool = False) -> dict[str, Any]:
         """Map a shard; on first touch in this process (or `again`) its checksum is compared with the index."""
         entry = self.index["shards"].get(file)
         if entry is None:

@@ -1,4 +1,4 @@
-"""Arrow files of a record: one uncompressed batch of fixed-size columns, mapped without a copy."""
+"""Arrow files of a record: one uncompressed batch of fixed-size columns and columns of byte strings, mapped without a copy."""
 
 from __future__ import annotations
 
@@ -12,19 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.errors import InputError
+from limbeck.records.blobs import Blobs
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def _arrow(array: NDArray[Any]) -> pa.Array:
+BLOB = "blob"
+"""The type, in a layout, of a column of byte strings."""
+
+Column = NDArray[Any] | Blobs
+
+
+def _arrow(array: Column) -> pa.Array:
     import pyarrow as pa
 
+    if isinstance(array, Blobs):
+        buffers = [None, pa.py_buffer(np.ascontiguousarray(array.offsets, "<i8")), pa.py_buffer(np.ascontiguousarray(array.data, np.uint8))]
+        return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(array), buffers)
     flat = pa.array(np.ascontiguousarray(array).reshape(-1))
     return flat if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, int(np.prod(array.shape[1:])))
 
 
-def pack(columns: Mapping[str, NDArray[Any]]) -> bytes:
+def pack(columns: Mapping[str, Column]) -> bytes:
     """An Arrow IPC file with one batch; inner dimensions are flattened (the manifest has the shapes). The same arrays give the same bytes."""
     import pyarrow as pa
 
@@ -35,8 +45,8 @@ def pack(columns: Mapping[str, NDArray[Any]]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def unpack(source: Any, layout: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> dict[str, NDArray[Any]]:
-    """Read-only views of the columns of `pack`, shaped as `layout` (column -> dtype, shape without the rows) says. Raises InputError."""
+def unpack(source: Any, layout: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> dict[str, Any]:
+    """Read-only views of the columns of `pack`, shaped as `layout` (column -> dtype, shape without the rows; `BLOB`: Blobs) says. Raises InputError."""
     import pyarrow as pa
 
     try:
@@ -44,6 +54,9 @@ def unpack(source: Any, layout: Mapping[str, tuple[str, tuple[int, ...]]], where
         found = {}
         for name, (kind, shape) in layout.items():
             column = batch.column(name)
+            if kind == BLOB:
+                found[name] = _blobs(column, name)
+                continue
             flat = column.flatten() if shape else column
             array = flat.to_numpy(zero_copy_only=True)
             if array.dtype != np.dtype(kind):
@@ -53,6 +66,20 @@ def unpack(source: Any, layout: Mapping[str, tuple[str, tuple[int, ...]]], where
     except (pa.ArrowException, KeyError, ValueError) as error:
         message = " ".join(str(error).split())[:120]
         raise InputError(f"does not hold what the manifest says ({message}).", where=where, fix="Record it again.") from error
+
+
+def _blobs(column: pa.Array, name: str) -> Blobs:
+    """Read-only views of a column of byte strings."""
+    import pyarrow as pa
+
+    if column.type != pa.large_binary() or column.null_count or column.offset:
+        raise ValueError(f"column {name} is {column.type}, not byte strings")
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, "<i8")[: len(column) + 1]
+    content = np.zeros(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
+    if len(bounds) != len(column) + 1 or bounds[0] or (np.diff(bounds) < 0).any() or bounds[-1] > len(content):
+        raise ValueError(f"column {name} has wrong offsets")
+    return Blobs(content, bounds)
 
 
 def mapped(path: Path) -> pa.Buffer:

@@ -13,10 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.errors import InputError
-from limbeck.records.codecs import kl_error
+from limbeck.records.blobs import Blobs
+from limbeck.records.codecs import Codec, kl_error
 from limbeck.records.manifest import FORMAT, GO_ON, Field, Part, check_identity, plain, sealed, shard_name, unsealed
 from limbeck.records.shards import pack
 from limbeck.records.stores import Store, store_for
+from limbeck.records.token_codecs import TokenCodec, TopRows, outcomes_kl, packed_rows, places_of
+
+ROWS_AT_ONCE = 1 << 15
+"""Rows of tokens that are encoded, decoded and measured at once: what that takes stays small beside a shard."""
 
 MANIFEST, INDEX, SAMPLES = "manifest.json", "index.json", "samples.arrow"
 
@@ -206,16 +211,22 @@ class RecordWriter:
             positions = np.arange(start, min(start + self.shard_rows, len(ids)), dtype=np.int64)
             yield Task(name, view, shard, positions, ids[positions])
 
-    def write(self, task: Task, values: Mapping[str, NDArray[Any]]) -> None:
-        """Encode, measure and store one shard. `values`: field -> [R, ...], logits [R, T, C]; finite numbers. Raises InputError."""
+    def write(self, task: Task, values: Mapping[str, NDArray[Any] | TopRows]) -> None:
+        """Encode, measure and store one shard. `values`: field -> [R, ...], logits [R, T, C], finite numbers; tokens: TopRows. Raises InputError."""
         fields = {field.name: field for field in self.parts[task.part].fields}
         if set(values) != set(fields):
             odd = sorted(set(values) ^ set(fields))[0]
             raise InputError(f"the field '{odd}' is {'not given' if odd in fields else 'no field of this part'}.", where=task.part)
-        columns: dict[str, NDArray[Any]] = {}
+        columns: dict[str, NDArray[Any] | Blobs] = {}
         errors: dict[str, Any] = {}
         for name, field in fields.items():
-            array = np.asarray(values[name])
+            given = values[name]
+            if isinstance(field.codec, TokenCodec) != isinstance(given, TopRows):
+                raise InputError("rows of tokens are given as TopRows, and nothing else is.", where=f"{task.part}.{name}")
+            if isinstance(given, TopRows):
+                columns[name] = self._encode_tokens(task, field, given, errors)
+                continue
+            array = np.asarray(given)
             if array.shape != (len(task.ids), *field.shape):
                 raise InputError(f"has shape {list(array.shape)}, not {[len(task.ids), *field.shape]}.", where=f"{task.part}.{name}")
             kept = self._cast(task, field, array)
@@ -245,7 +256,7 @@ class RecordWriter:
     def _encode(self, field: Field, logits_RTC: NDArray[Any], errors: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """Columns of the logits; sums and maxima of their errors go into `errors`."""
         codec, (members, classes) = field.codec, field.shape
-        assert codec is not None
+        assert isinstance(codec, Codec)
         flat = np.ascontiguousarray(logits_RTC.reshape(-1, classes))
         arrays = codec.encode(flat)
         kl = np.zeros(len(flat)) if codec.name == "full" else kl_error(flat, codec.decode(arrays, classes))
@@ -254,6 +265,32 @@ class RecordWriter:
         if outcomes is not None:
             errors[field.name] |= {"outcomes_sum": _finite(outcomes.sum()), "outcomes_max": _finite(outcomes.max())}
         return {f"logits.{name}": array.reshape(len(logits_RTC), members, *array.shape[1:]) for name, array in arrays.items()}
+
+    def _encode_tokens(self, task: Task, field: Field, rows: TopRows, errors: dict[str, Any]) -> Blobs:
+        """A blob a sample; sums and maxima of the errors over the outcomes of its rows go into `errors`."""
+        codec = field.codec
+        assert isinstance(codec, TokenCodec)
+        if np.shape(rows.present) != (len(task.ids), *field.shape):
+            shape = [len(task.ids), *field.shape]
+            raise InputError(f"'present' has shape {list(np.shape(rows.present))}, not {shape}.", where=f"{task.part}.{field.name}")
+        packed: list[Blobs] = []
+        kl_sum, kl_max, count = 0.0, 0.0, 0
+        some = max(1, ROWS_AT_ONCE // field.shape[0])
+        for start in range(0, len(task.ids), some):
+            part = slice(start, start + some)
+            try:
+                blobs, kept = packed_rows(codec, TopRows(rows.ids[part], rows.logp[part], rows.present[part]))
+            except InputError as error:
+                raise error.at(task.part) from error
+            places = places_of(codec, blobs, field.shape[0])
+            decoded = codec.decode(blobs.data, places.starts[places.present], places.lengths[places.present])
+            kl = outcomes_kl(*kept, *decoded, codec.vocabulary)
+            kl_sum, kl_max, count = kl_sum + float(kl.sum()), max(kl_max, float(kl.max(initial=0.0))), count + len(kl)
+            packed.append(blobs)
+        blobs = Blobs.joined(packed)
+        size = len(blobs.data) + 8 * len(blobs)
+        errors[field.name] = {"rows": count, "kl_sum": _finite(kl_sum), "kl_max": _finite(kl_max), "bytes": size}
+        return blobs
 
     def finish(self) -> None:
         """Write the index, by which the record is complete (rank 0, after all ranks have written). Raises InputError while shards are missing."""
@@ -291,12 +328,14 @@ def _totals(entries: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]
         count = sum(row["rows"] for row in rows)
 
         def mean(key: str, rows: list[dict[str, Any]] = rows, count: int = count) -> float | None:
-            return None if any(row[key] is None for row in rows) else math.fsum(row[key] for row in rows) / count
+            return None if not count or any(row[key] is None for row in rows) else math.fsum(row[key] for row in rows) / count
 
         def most(key: str, rows: list[dict[str, Any]] = rows) -> float | None:
             return None if any(row[key] is None for row in rows) else max(row[key] for row in rows)
 
         totals[name] = {"kl_mean": mean("kl_sum"), "kl_max": most("kl_max")}
+        if "bytes" in rows[0]:  # tokens: the errors are over the k + 1 outcomes, and a row is a token
+            totals[name] |= {"tokens": count, "bytes_per_token": mean("bytes")}
         if "outcomes_sum" in rows[0]:
             totals[name] |= {"kl_outcomes_mean": mean("outcomes_sum"), "kl_outcomes_max": most("outcomes_max")}
     return totals

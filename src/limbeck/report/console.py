@@ -21,21 +21,26 @@ MOST_MEASURES = 3
 """Headline measures of a generator that a terminal is wide enough for; the page has them all."""
 
 
+SIZED = ("generator", "language_model")
+"""Kinds whose arms have a number of parameters worth a column."""
+
+
 def header(summary: RunSummary) -> tuple[str, ...]:
     """The names of the columns of `rows`."""
     if summary.kind == "classifier":
         return HEADER
-    return ("", *(measure.heading for measure in _shown_measures(summary)), *(["Parameters"] if summary.kind == "generator" else []))
+    return ("", *(measure.heading for measure in _shown_measures(summary)), *(["Parameters"] if summary.kind in SIZED else []))
 
 
 def rows(summary: RunSummary) -> list[tuple[str, ...]]:
     """One row an arm. Classifiers: label, accuracy mean ± s.e., parameters, MACs, bytes, median latency of the smallest batch.
 
     Generators: label, the first MOST_MEASURES headline measures, calls and time a sample, parameters. Data sets: label, the headline measures.
+    Language models: label, the headline measures that some arm has, parameters.
     """
     if summary.kind != "classifier":
         measures = _shown_measures(summary)
-        last = [(count(arm.parameters),) if summary.kind == "generator" else () for arm in ordered(summary.arms)]
+        last = [(count(arm.parameters),) if summary.kind in SIZED else () for arm in ordered(summary.arms)]
         return [(arm.label, *(shown(m, arm.mean(m.key)) for m in measures), *end) for arm, end in zip(ordered(summary.arms), last, strict=True)]
     batch = first_batch_size(summary.arms)
     found: list[tuple[str, ...]] = []
@@ -50,6 +55,8 @@ def _shown_measures(summary: RunSummary) -> list[Measure]:
     quality = [key for key in summary.headline if key not in (CALLS, SECONDS)]
     if summary.kind == "dataset":
         return [measure_of(key) for key in quality]
+    if summary.kind == "language_model":
+        return [measure_of(key) for key in quality if any(arm.values(key) for arm in summary.arms)]
     return [measure_of(key) for key in (*quality[:MOST_MEASURES], CALLS, SECONDS)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from limbeck.files import write_atomic
-from limbeck.report import dataset_wording, generator_tables, plots, tables
+from limbeck.report import dataset_wording, generator_tables, language_wording, plots, tables
 from limbeck.report.generator_wording import cautions, ordered
 from limbeck.report.measures import CALLS, SECONDS, measure_of
 from limbeck.report.page import fill, present
@@ -18,6 +18,7 @@ GENERATOR_FOOTER = (
     "A difference counts when it is more than two standard errors of the paired difference from zero. "
     "Times of all arms were measured on one machine."
 )
+FOOTERS = {"generator": GENERATOR_FOOTER, "dataset": dataset_wording.FOOTER, "language_model": language_wording.FOOTER}
 
 
 def render(summary: RunSummary) -> str:
@@ -75,7 +76,7 @@ def _judged_by_measures(summary: RunSummary) -> str:
             "cost": tables.cost(arms),
             "latency_rows": tables.latency_rows(arms),
             "warnings": cautions(summary),
-            "footer": GENERATOR_FOOTER if generates else dataset_wording.FOOTER,
+            "footer": FOOTERS[summary.kind],
         },
     )
 

@@ -1,4 +1,4 @@
-"""What the numbers of runs of generators and data sets mean: name, unit, direction, and an explanation for the reader of a report."""
+"""What the numbers of runs of generators, data sets and language models mean: name, unit, direction, and an explanation for the reader of a report."""
 
 from __future__ import annotations
 
@@ -83,6 +83,19 @@ MEASURES = {
         Measure("random_cross_drop", "The same of random images", "lower", "What as many random real images lose on the other architectures.", "percent", 1),
         Measure("ridge_loss", "Ridge loss", "lower", "Mean squared error of the teacher’s answers to test images, by ridge regression on the pairs."),
         Measure("evaluation_seconds", "Time to judge", "lower", "Seconds for all networks that were trained on the set.", "seconds"),
+        Measure("nll", "Loss a token", "lower", "Negative log-likelihood of the held-out text, nats a token."),
+        Measure("perplexity", "Perplexity", "lower", "exp of the loss a token; comparable between models of one tokenizer only."),
+        Measure("bits_per_byte", "Bits a byte", "lower", "Negative log-likelihood of the held-out text over its UTF-8 bytes; comparable between tokenizers."),
+        Measure("next_token_accuracy", "Next-token accuracy", "higher", "Share of the tokens that the model ranks first.", "percent", 1),
+        Measure("kl_to_teacher", "KL to the teacher", "lower", "KL(teacher ‖ student) of the next token, nats, the mean over the held-out text; 0: the same."),
+        Measure(
+            "kl_to_teacher_kept", "KL to the teacher, kept entries", "lower", "The same over the recorded entries and the rest as one outcome; it is never more."
+        ),
+        Measure("agreement", "Agreement", "higher", "Share of the tokens where student and teacher rank the same token first.", "percent", 1),
+        Measure("acceptance", "Acceptance", "higher", "Σ min(p, q): the share of the student’s tokens that speculative decoding would accept.", "percent", 1),
+        Measure("ece", "Calibration error", "lower", "Expected calibration error of the first-ranked token, ten bins.", "percent", 1),
+        Measure("training_tokens", "Training tokens", "none", "Positions that the student was trained on.", "whole"),
+        Measure("training_tokens_per_second", "Training speed", "higher", "Positions a second, teacher and record included.", "number", 4),
         Measure(CALLS, "Network calls a sample", "lower", "How often a network is run for one sample; guidance runs it twice.", "whole"),
         Measure(SECONDS, "Time a sample", "lower", "Wall-clock time of a batch divided by its size; all arms on one machine.", "seconds"),
     )

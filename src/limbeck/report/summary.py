@@ -167,7 +167,7 @@ class RunSummary:
     title: the run's name. method: its name, "" for none. recipe: the resolved recipe as YAML. created: ISO date and time.
     environment, facts: JSON values, nested at will, shown as small tables; facts are what the method says of itself.
     classes: names, in the order of `per_class`. notes: sentences for the reader; on a generator's page they stand at the top, as warnings.
-    kind: what the run made, "classifier", "generator" or "dataset". headline: the measures that come first in tables, the first being the one that
+    kind: what the run made, "classifier", "generator", "dataset" or "language_model". headline: the measures that come first in tables, the first being the one that
     judges a generator's quality; a classifier's run has none (it is judged by accuracy).
     """
 

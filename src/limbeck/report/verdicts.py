@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from limbeck.report import dataset_wording, generator_wording, wording
+from limbeck.report import dataset_wording, generator_wording, language_wording, wording
 from limbeck.report.measures import measure_of
 from limbeck.report.summary import RunSummary
 
-BESIDE = {"generator": ("the student", "the undistilled teacher"), "dataset": ("the set", f"as many {dataset_wording.BESIDE}")}
+BESIDE = {
+    "generator": ("the student", "the undistilled teacher"),
+    "dataset": ("the set", f"as many {dataset_wording.BESIDE}"),
+    "language_model": ("the distilled student", "the student on the text alone"),
+}
 """What the verdict's difference is between, in words."""
+SENTENCES = {"generator": generator_wording.sentence, "dataset": dataset_wording.sentence, "language_model": language_wording.sentence}
 
 
 def sentence(summary: RunSummary) -> str:
     """The run in one sentence."""
-    speaks = {"generator": generator_wording.sentence, "dataset": dataset_wording.sentence}.get(summary.kind, wording.sentence)
+    speaks = SENTENCES.get(summary.kind, wording.sentence)
     return speaks(summary)
 
 

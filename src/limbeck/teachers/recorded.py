@@ -13,6 +13,9 @@ from torch import Tensor
 from limbeck.contract import Batch, Data
 from limbeck.data import origins
 from limbeck.errors import InputError
+from limbeck.language.signals import TopKSignal
+from limbeck.language.sources import recorded_signal
+from limbeck.language.tokens import TokenBatch
 from limbeck.losses import log_mean_probabilities
 from limbeck.records import Record
 
@@ -98,6 +101,27 @@ class RecordTeacher:
 
     def _samples(self, ids_B: Tensor) -> NDArray[np.int64]:
         return (ids_B if self.origins is None else self.origins[ids_B]).numpy()
+
+
+class TokenRecordTeacher(RecordTeacher):
+    """A record of language models: k next-token log-probabilities a position, which travel with the batch (a `language.signals.SignalSource`)."""
+
+    def get(self, tokens: TokenBatch) -> TopKSignal:
+        """What the record says of `tokens.rows()`. Raises InputError: the batch did not come through this record."""
+        return recorded_signal(tokens)
+
+    def all_logits(self, batch: Batch) -> Tensor:
+        """There are none. Raises InputError."""
+        raise InputError("a record of tokens holds no logits.", where="teacher", fix="Use a method that makes language models (token_kd, say).")
+
+    def of_test(self, data: Data) -> TokenRecordTeacher | None:
+        """The record of the test text, by position in `data`; None where the record has none, or not all of it."""
+        part = self.record.parts.get("test")
+        if part is None or not bool(torch.isin(origins(data), torch.from_numpy(part.ids.copy())).all()):
+            return None
+        found = TokenRecordTeacher(self.record)
+        found.part, found.origins = part, origins(data)
+        return found
 
 
 def combined(logits_TBC: Tensor) -> Tensor:

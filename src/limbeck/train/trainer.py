@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -115,7 +115,7 @@ class Trainer:
         self._reseed(seeds.derive(self.seed, "step", clock.phase_index, clock.step, self.rank))
         clocks = [clock] if len(micros) == 1 else [_at(clock, i) for i in range(len(micros))]
         running = [self.method.updates(batch, c) for batch, c in zip(micros, clocks, strict=True)]
-        weights = [len(batch) * self.world / size for batch in micros]
+        weights = self._weights(micros, clocks, size)
         while True:
             player = ""
             for generator, weight in zip(running, weights, strict=True):
@@ -135,17 +135,30 @@ class Trainer:
                 return
             self._apply(player, clock)
 
+    def _weights(self, micros: list[Batch], clocks: list[Clock], size: int) -> Sequence[float | Tensor]:
+        """What each micro-batch's loss, a mean, is worth in the mean over the global batch of `size` samples (or of what the method weighs by)."""
+        if len(micros) == 1 and self.world == 1:
+            return [1.0]
+        masses = [self.method.weigh(batch, c) for batch, c in zip(micros, clocks, strict=True)]
+        known = [mass.to(torch.float64) for mass in masses if mass is not None]
+        if len(known) < len(masses):
+            return [len(batch) * self.world / size for batch in micros]
+        whole = torch.stack(known).sum()
+        if self.world > 1:
+            whole = parallel.total(whole)
+        return [(mass * self.world / whole.clamp(min=1e-30)).float() for mass in known]
+
     def _reseed(self, seed: int) -> None:
         """Make dropout and the like a function of the step. (torch.manual_seed would format a stack trace each time where CUDA is idle.)"""
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _backward(self, update: Update, weight: float, step: int) -> None:
+    def _backward(self, update: Update, weight: float | Tensor, step: int) -> None:
         seat = self.seats.get(update.player)
         if seat is None:
             raise RuntimeError(f"the method asks for the player '{update.player}', this phase has {sorted(self.seats)}.")
-        loss = update.loss if weight == 1.0 else update.loss * weight
+        loss = update.loss if isinstance(weight, float) and weight == 1.0 else update.loss * weight
         self.accelerator.backward(loss, **({"inputs": seat.parameters} if self.restricted else {}))
         self.buffer.add_loss(f"{update.player}/loss", update.loss, step)
         for name, value in update.metrics.items():

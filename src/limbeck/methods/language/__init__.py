@@ -1,0 +1,1 @@
+"""Methods that make language models, and encoders that learn from encoders."""
