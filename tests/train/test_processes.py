@@ -38,7 +38,7 @@ def free_port():
 
 def test_processes_launched_without_a_gpu_are_one_group():
     """Accelerate joins them only where it is told that it is to use the CPU; each alone would do the whole work, into the same folder."""
-    script = "from limbeck.train import parallel; print('of', parallel.accelerator('no').num_processes, flush=True)"
+    script = "import sys; from limbeck.train import parallel; n = parallel.accelerator('no').num_processes; sys.stdout.write(f'of {n}\\n')"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", sys.executable, "-c", script]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
