@@ -267,7 +267,7 @@ def report(size: Size, rows: list[dict[str, Any]], peer: str | None, output: Pat
     checks: list[dict[str, Any]] = []
 
     def check(text: str, value: float, bound: float) -> None:
-        checks.append({"text": text, "value": round(value, 4) if value > bound / 100 else float(f"{value:.3g}"), "bound": bound, "holds": value <= bound})
+        checks.append({"text": text, "value": float(f"{value:.4g}"), "bound": bound, "holds": value <= bound})
         print(f"{'holds' if value <= bound else 'DOES NOT HOLD':14} {text}: {value:.4g} (bound {bound})")
 
     found = {(row["divergence"], row["way"]): row for row in rows}
