@@ -406,13 +406,7 @@ def refusals(where: str) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """transformers without progress bars and loading reports, which are checked here instead."""
-    logging = library().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    from limbeck.models.adapters import silenced
+
+    with silenced(library().utils.logging):
         yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

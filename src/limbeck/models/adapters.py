@@ -149,7 +149,7 @@ def transformers(
     if not pretrained:
         with _refusals(config.model_type, "model"):
             return LogitsOnly(auto.from_config(config, trust_remote_code=False))
-    with _refusals(str(model), "pretrained"), _silenced(library.utils.logging):
+    with _refusals(str(model), "pretrained"), silenced(library.utils.logging):
         network, report = auto.from_pretrained(model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False)
     state = network.state_dict()
     drawn = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
@@ -232,7 +232,7 @@ def _refusals(model: str, where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _silenced(logging: Any) -> Iterator[None]:
+def silenced(logging: Any) -> Iterator[None]:
     """transformers without progress bars and loading reports, which are checked here instead."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

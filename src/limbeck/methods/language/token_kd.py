@@ -18,13 +18,13 @@ from limbeck.contract import Batch, Clock, Frozen, Paper, Update
 from limbeck.errors import InputError
 from limbeck.language.divergences import (
     CrossEntropy,
-    Divergence,
     ForwardKL,
     GeneralisedJSD,
     Mixed,
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
+    Tempered,
     TotalVariation,
 )  # fmt: skip
 from limbeck.language.sources import with_policy
@@ -48,7 +48,7 @@ class TokenKDConfig(Frozen):
     tail: Literal["tail", "renorm_teacher", "renorm_both"] = Field("tail", description="k entries: what becomes of the rest of the vocabulary (sheet §4)")
 
 
-def divergence_of(config: TokenKDConfig) -> Divergence:
+def divergence_of(config: TokenKDConfig) -> Tempered:
     """The soft term that a configuration asks for."""
     T, tau_sq = config.temperature, config.tau_sq
     match config.divergence:
@@ -66,12 +66,6 @@ def divergence_of(config: TokenKDConfig) -> Divergence:
             return TotalVariation(temperature=T, tau_sq=tau_sq)
 
 
-def _infinite(config: TokenKDConfig) -> bool:
-    """Whether the divergence is infinite where the teacher says 0 and the student does not."""
-    name = config.divergence
-    return name == "reverse_kl" or (name == "jsd" and config.beta == 1) or (name == "skew_reverse_kl" and config.alpha == 0)
-
-
 class TokenKD(LanguageMethod):
     """A student learns a teacher's next-token distributions on the training text, and the text itself where `hard` is above 0."""
 
@@ -85,7 +79,7 @@ class TokenKD(LanguageMethod):
             raise InputError("'soft' and 'hard' are both 0: there is nothing to learn.", where="soft")
         if config.soft > 0 and not isinstance(self.teacher, nn.Module):  # a record: some divergences are infinite where its tail is left out
             try:
-                check_policy(config.tail, config.divergence, infinite=_infinite(config))
+                check_policy(config.tail, config.divergence, infinite=divergence_of(config).unbounded_by_teacher)
             except InputError as error:
                 raise InputError(error.what, where="tail", fix=error.fix) from error
         parts = [(config.soft, divergence_of(config)), (config.hard, CrossEntropy())]
